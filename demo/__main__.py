@@ -1,0 +1,135 @@
+"""`python -m demo run CONFIG` and `python -m demo ui`."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.markup import escape
+
+from demo.prefect_api import PrefectApi
+from demo.progress import follow
+from demo.services import Services, run_prefect, servers, worker
+from grace_core.config import load_config
+from grace_core.errors import GraceError
+
+ROOT = Path(__file__).resolve().parent.parent
+DEPLOYMENT = "grace/full-pipeline"
+_CANCEL_SECONDS = 40.0  # Prefect kills a cancelled run after 30
+
+app = typer.Typer(add_completion=False, no_args_is_help=True)
+console = Console()
+
+ServicesFolder = Annotated[
+    Path, typer.Option("--services", help="Folder of the servers' databases and logs.")
+]
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="Configuration file.")] = "configs/toy.yaml",
+    override: Annotated[
+        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value; repeatable.")
+    ] = None,
+    services: ServicesFolder = Path("runs/services"),
+) -> None:
+    """Run the whole pipeline through Prefect and show the results."""
+    overrides = override or []
+    settings = load_config(ROOT / config, overrides)
+    run_dir = ROOT / settings.run_dir
+    started = time.monotonic()
+    console.print("Starting Prefect and MLflow ...")
+    with servers(ROOT / services) as local, worker(local, ROOT):
+        _print_addresses(local)
+        flow_run_id = _submit(local, config, overrides)
+        try:
+            final = follow(local.api, flow_run_id, run_dir, console)
+        except BaseException:
+            _cancel(local.api, flow_run_id)
+            raise
+        if final.type != "COMPLETED":
+            reasons = local.api.error_logs(flow_run_id, limit=1) or [final.message]
+            raise GraceError(
+                f"the flow run ended as {final.state}:\n{reasons[-1].rstrip()}\n"
+                f"Logs of the servers: {local.logs}; mend it and run again: finished stages are "
+                "kept"
+            )
+        _show_results(run_dir)
+        console.print(f"\n{time.monotonic() - started:.0f} s in all. To browse what ran:")
+        _print_addresses(local)
+        console.print("The servers stop now; `make ui` brings them up again.")
+
+
+@app.command()
+def ui(services: ServicesFolder = Path("runs/services")) -> None:
+    """Serve Prefect and MLflow until Ctrl-C, with a worker for runs started in the UI."""
+    console.print("Starting Prefect and MLflow ...")
+    with servers(ROOT / services) as local, worker(local, ROOT):
+        _print_addresses(local)
+        console.print("Ctrl-C ends them.")
+        signal.pause()
+
+
+def _submit(local: Services, config: str, overrides: list[str]) -> str:
+    """Start a run of the deployment; returns the flow run's id."""
+    arguments = ["deployment", "run", DEPLOYMENT, "--param", f"config={config}"]
+    if overrides:
+        arguments += ["--param", f"overrides={json.dumps(overrides)}"]
+    console.print(f"$ prefect {' '.join(arguments)}", markup=False, highlight=False)
+    answer = run_prefect(local, ROOT, *arguments)
+    found = re.search(r"UUID: ([0-9a-f-]{36})", answer)
+    assert found is not None, answer
+    return found.group(1)
+
+
+def _cancel(api: PrefectApi, flow_run_id: str) -> None:
+    """Let a running training save before everything is stopped."""
+    console.print("Cancelling the run ...")
+    api.cancel(flow_run_id)
+    deadline = time.monotonic() + _CANCEL_SECONDS
+    while time.monotonic() < deadline and not api.flow_run(flow_run_id).is_final:
+        time.sleep(0.5)
+
+
+def _show_results(run_dir: Path) -> None:
+    results: dict[str, Any] = json.loads((run_dir / "results.json").read_text(encoding="utf-8"))
+    console.print()
+    console.print(Markdown((run_dir / "table.md").read_text(encoding="utf-8")))
+    console.print("\nReleased models:")
+    for label, folder in results["releases"].items():
+        console.print(f"  {label:5} {folder}", highlight=False, soft_wrap=True)
+    console.print(f"Results: {run_dir / 'results.json'}", highlight=False, soft_wrap=True)
+
+
+def _print_addresses(local: Services) -> None:
+    console.print(f"  Prefect  {local.prefect}\n  MLflow   {local.mlflow}")
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, _interrupt)  # ends like Ctrl-C: nothing stays behind
+    try:
+        app(standalone_mode=False)
+    except KeyboardInterrupt:
+        console.print("interrupted")
+        sys.exit(130)
+    except typer.Exit as error:
+        sys.exit(error.exit_code)
+    except GraceError as error:
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

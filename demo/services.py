@@ -1,0 +1,193 @@
+"""The servers of a local run: Prefect's and MLflow's on SQLite, and one process worker.
+
+They bind 127.0.0.1 only, keep everything in one folder, and end with the program that started
+them, whatever ends it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from demo.prefect_api import PrefectApi
+from grace_core.errors import GraceError
+from grace_core.launch import end_process_group, start_process_group
+
+HOST = "127.0.0.1"
+WORK_POOL = "grace-local"
+_START_SECONDS = 180.0  # a first start on a busy machine creates two databases
+_SHOWN_LINES = 15
+
+
+@dataclass(frozen=True)
+class Services:
+    """Addresses of the running servers, and the environment that makes programs use them."""
+
+    prefect: str
+    mlflow: str
+    environment: Mapping[str, str]
+    logs: Path
+
+    @property
+    def api(self) -> PrefectApi:
+        return PrefectApi(f"{self.prefect}/api")
+
+
+@contextmanager
+def servers(folder: Path) -> Iterator[Services]:
+    """Prefect and MLflow, their state in `folder`; both answer when this yields."""
+    logs = folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    prefect, mlflow = f"http://{HOST}:{_port(4200)}", f"http://{HOST}:{_port(5000)}"
+    services = Services(prefect, mlflow, _environment(folder, prefect, mlflow), logs)
+    artifacts = (folder / "mlflow").absolute()
+    with ExitStack() as stack:
+        stack.enter_context(_only_one(folder))
+        # Both take seconds to start: they start side by side.
+        prefect_process = stack.enter_context(
+            _service(
+                services,
+                "prefect-server",
+                *("-m", "prefect", "server", "start", "--host", HOST, "--port", _of(prefect)),
+            )
+        )
+        mlflow_process = stack.enter_context(
+            _service(
+                services,
+                "mlflow-server",
+                *("-m", "mlflow", "server", "--host", HOST, "--port", _of(mlflow)),
+                *("--backend-store-uri", f"sqlite:///{artifacts}/mlflow.db"),
+                *("--artifacts-destination", str(artifacts / "artifacts"), "--workers", "1"),
+            )
+        )
+        artifacts.mkdir(exist_ok=True)
+        _wait_for(f"{prefect}/api/health", prefect_process, logs / "prefect-server.log")
+        _wait_for(f"{mlflow}/health", mlflow_process, logs / "mlflow-server.log")
+        yield services
+
+
+@contextmanager
+def worker(services: Services, root: Path) -> Iterator[None]:
+    """A process worker of the pool `grace-local`, with the deployments of `root`'s prefect.yaml."""
+    services.api.ensure_work_pool(WORK_POOL)
+    with _service(
+        services,
+        "worker",
+        *("-m", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process"),
+    ):
+        run_prefect(services, root, "--no-prompt", "deploy", "--all")
+        yield
+
+
+def run_prefect(services: Services, root: Path, *arguments: str) -> str:
+    """Run Prefect's command line in `root` and return what it printed.
+
+    Raises GraceError with its output when it fails.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", *arguments],
+        cwd=root,
+        env=dict(services.environment),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        raise GraceError(
+            f"`prefect {' '.join(arguments)}` failed with exit code {done.returncode}:\n"
+            + "\n".join((done.stdout + done.stderr).splitlines()[-_SHOWN_LINES:])
+        )
+    return done.stdout
+
+
+@contextmanager
+def _service(services: Services, name: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
+    with (services.logs / f"{name}.log").open("wb") as log:
+        process = start_process_group(
+            [sys.executable, *arguments], env=services.environment, stdout=log, stderr=log
+        )
+    try:
+        yield process
+    finally:
+        end_process_group(process, set(), grace_seconds=5.0)
+
+
+def _environment(folder: Path, prefect: str, mlflow: str) -> dict[str, str]:
+    """This process's environment without its own Prefect and MLflow settings, and ours instead."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT_", "MLFLOW_", "_MLFLOW_"))
+    }
+    return kept | {
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # seven idle processes otherwise
+        "MLFLOW_TRACKING_URI": mlflow,
+        "PREFECT_API_URL": f"{prefect}/api",
+        "PREFECT_HOME": str((folder / "prefect").absolute()),
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "grace_core,tasks",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+    }
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Two servers must not share one SQLite file."""
+    with (folder / "lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise GraceError(
+                f"servers are running on {folder} already (`make demo` or `make ui` elsewhere); "
+                "end them first"
+            ) from None
+        yield
+
+
+def _port(preferred: int) -> int:
+    """`preferred` where it is free, any free port otherwise."""
+    for port in (preferred, 0):
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return int(probe.getsockname()[1])
+    raise GraceError(f"no port of {HOST} is free; close other servers and try again")
+
+
+def _of(address: str) -> str:
+    return address.rsplit(":", 1)[1]
+
+
+def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            problem = f"ended with exit code {process.returncode}"
+            break
+        try:
+            with urllib.request.urlopen(address, timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.2)
+    else:
+        problem = f"did not answer at {address} within {_START_SECONDS:g} s"
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()[-_SHOWN_LINES:]
+    raise GraceError(f"{log.stem} {problem}; its log {log} ends with:\n" + "\n".join(lines))

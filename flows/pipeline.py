@@ -1,0 +1,89 @@
+"""The whole chain: data, teacher, BF16 student, quantized students, releases, scores, publication.
+
+Tasks are called one after the other in the main thread: only there does a cancellation reach a
+running training.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from prefect import flow
+from pydantic import Field
+
+from grace_core.config import GraceConfig, load_config
+from tasks.distill_student import distill_student
+from tasks.fit_teacher import fit_teacher
+from tasks.generate_world import generate_world
+from tasks.prepare_data import prepare_data
+from tasks.publish_models import publish_models, show_results
+from tasks.quantize_student import quantize_student
+from tasks.release_model import release_model
+from tasks.run_benchmarks import run_benchmarks
+from tasks.tracked import StageRef, tracked_flow
+
+ConfigPath = Annotated[
+    str, Field(description="Configuration file, relative to the project root or absolute.")
+]
+Overrides = Annotated[
+    list[str] | None,
+    Field(description="Settings that replace the file's, each as dotted.key=value, as in seed=3."),
+]
+Models = dict[str, StageRef]
+
+
+@flow(name="grace", persist_result=True, result_serializer="json")
+def grace(
+    config: ConfigPath = "configs/toy.yaml",
+    overrides: Overrides = None,
+    publish: Annotated[
+        bool, Field(description="Send the releases to their destination; scores come anyway.")
+    ] = True,
+) -> StageRef:
+    """Distil and quantize a vision-language model, and show what it cost and what it kept."""
+    switches = [] if publish else ["publish.enabled=false"]
+    settings = load_config(config, [*(overrides or []), *switches])
+    with tracked_flow(settings) as run:
+        return published(settings, run)
+
+
+def training_data(settings: GraceConfig, run: str) -> StageRef:
+    if settings.data.source.kind == "toy":
+        generate_world(settings, run)
+    return prepare_data(settings, run)
+
+
+def fitted_teacher(settings: GraceConfig, run: str, data: StageRef) -> StageRef | None:
+    """None: the teacher is taken as it is."""
+    return fit_teacher(settings, run, data) if settings.teacher_fit else None
+
+
+def trained_models(settings: GraceConfig, run: str) -> Models:
+    """By label: teacher where it was fitted, bf16, and the configured variants."""
+    data = training_data(settings, run)
+    teacher = fitted_teacher(settings, run, data)
+    bf16 = distill_student(settings, run, data, teacher)
+    students: Models = {"bf16": bf16}
+    for precision in settings.quantize.variants:
+        students[precision] = quantize_student(settings, run, precision, data, teacher, bf16)
+    return students if teacher is None else {"teacher": teacher, **students}
+
+
+def released_models(settings: GraceConfig, run: str, models: Models) -> Models:
+    students = {label: model for label, model in models.items() if label != "teacher"}
+    return {label: release_model(settings, run, model) for label, model in students.items()}
+
+
+def scores(settings: GraceConfig, run: str, teacher: StageRef | None, releases: Models) -> Models:
+    """One evaluation a row of the results table; the baseline is the student before training."""
+    rows: dict[str, StageRef | None] = {"teacher": teacher, "baseline": None, **releases}
+    return {label: run_benchmarks(settings, run, label, model) for label, model in rows.items()}
+
+
+def published(settings: GraceConfig, run: str) -> StageRef:
+    models = trained_models(settings, run)
+    releases = released_models(settings, run, models)
+    evaluations = scores(settings, run, models.get("teacher"), releases)
+    result = publish_models(settings, run, releases, evaluations)
+    show_results(settings, run, result)
+    return result

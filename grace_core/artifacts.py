@@ -1,0 +1,301 @@
+"""Artifacts: the directories that stages leave, each with a manifest that is written last.
+
+A stage's directory is built under a temporary name and renamed once its manifest is in it, so a
+directory with the final name is complete by construction. The manifest records what went in
+(parents by digest, the resolved configuration), what came out (every file with its SHA-256) and
+what made it (code version, environment): lineage can be read from the files alone.
+
+Two hashes matter. The *fingerprint* is known before a stage runs (stage, its configuration, its
+parents' digests, the package's version) and names the directory: equal fingerprint, nothing to do.
+The *digest* is that of the content, known afterwards, and is what later stages depend on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+import grace_core
+from grace_core.config.load import config_digest
+from grace_core.errors import GraceError
+
+MANIFEST = "manifest.json"
+OUTSIDE = ("checkpoint", "tokenizer", "annotations")
+"""Kinds of parents that no stage made."""
+
+_RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "deepspeed",
+    "datasets",
+    "safetensors",
+    "compressed-tensors",
+    "huggingface_hub",
+)
+
+
+class FileEntry(BaseModel):
+    """One file of an artifact."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: str
+    size: int = Field(description="bytes")
+
+
+class Parent(BaseModel):
+    """One input of an artifact: another artifact, or a checkpoint from outside."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: str = Field(description="stage that made it, or `checkpoint` when it came from outside")
+    path: str
+    digest: str
+    revision: str | None = Field(None, description="Hub commit of a checkpoint from outside")
+
+
+class Manifest(BaseModel):
+    """What an artifact is and where it came from."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    stage: str
+    fingerprint: str
+    digest: str = Field(description="SHA-256 over the sorted file entries")
+    created: str = Field(description="UTC, ISO 8601")
+    seconds: float = Field(description="wall-clock time of the stage")
+    parents: dict[str, Parent] = {}
+    config: dict[str, Any] = {}
+    config_digest: str
+    code: dict[str, str] = {}
+    environment: dict[str, str] = {}
+    metrics: dict[str, float] = {}
+    facts: dict[str, Any] = Field({}, description="what else later stages and cards quote")
+    files: dict[str, FileEntry] = {}
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A complete artifact on disk."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def digest(self) -> str:
+        return self.manifest.digest
+
+    def as_parent(self) -> Parent:
+        return Parent(kind=self.manifest.stage, path=str(self.path), digest=self.digest)
+
+
+def fingerprint(stage: str, config: Mapping[str, Any], parents: Mapping[str, Parent]) -> str:
+    """SHA-256 (hex) of everything that decides a stage's result."""
+    return config_digest(
+        {
+            "stage": stage,
+            "config": dict(config),
+            "parents": {role: parent.digest for role, parent in parents.items()},
+            "code": grace_core.__version__,
+        }
+    )
+
+
+@contextmanager
+def new_artifact(
+    folder: Path,
+    stage: str,
+    config: Mapping[str, Any],
+    parents: Mapping[str, Parent],
+) -> Iterator[ArtifactWriter]:
+    """Build `folder` aside and give it its name when the block ends without an error.
+
+    On an error the partial directory is removed and nothing of the final name exists.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.partial-{uuid.uuid4().hex[:8]}"
+    partial.mkdir()
+    writer = ArtifactWriter(partial, folder, stage, dict(config), dict(parents))
+    try:
+        yield writer
+        writer._finish()
+    finally:
+        if partial.exists():
+            shutil.rmtree(partial)
+
+
+class ArtifactWriter:
+    """An artifact under construction; write files below `path`."""
+
+    def __init__(
+        self,
+        path: Path,
+        final: Path,
+        stage: str,
+        config: dict[str, Any],
+        parents: dict[str, Parent],
+    ) -> None:
+        self.path = path
+        self.final = final
+        self.metrics: dict[str, float] = {}
+        self.facts: dict[str, Any] = {}
+        self._stage = stage
+        self._config = config
+        self._parents = parents
+        self._started = datetime.now(UTC)
+
+    def _finish(self) -> None:
+        files = _hash_files(self.path)
+        now = datetime.now(UTC)
+        manifest = Manifest(
+            stage=self._stage,
+            fingerprint=fingerprint(self._stage, self._config, self._parents),
+            digest=_digest_of(files),
+            created=now.isoformat(timespec="seconds"),
+            seconds=round((now - self._started).total_seconds(), 3),
+            parents=self._parents,
+            config=self._config,
+            config_digest=config_digest(self._config),
+            code=code_version(),
+            environment=environment(),
+            metrics=self.metrics,
+            facts=self.facts,
+            files=files,
+        )
+        with (self.path / MANIFEST).open("w", encoding="utf-8") as stream:
+            stream.write(manifest.model_dump_json(indent=1))
+            stream.flush()
+            os.fsync(stream.fileno())
+        if self.final.exists():
+            # A directory of the final name without a readable manifest is a foreign leftover.
+            existing = find_artifact(self.final)
+            if existing is not None:
+                return
+            raise GraceError(
+                f"{self.final} exists but is no complete artifact; move it away and run again"
+            )
+        os.replace(self.path, self.final)
+
+
+def find_artifact(folder: Path) -> Artifact | None:
+    """The artifact at `folder`, or None where there is none."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    return read_artifact(folder)
+
+
+def read_artifact(folder: Path) -> Artifact:
+    """Read the manifest of `folder`; raises GraceError when it is missing or damaged."""
+    file = folder / MANIFEST
+    try:
+        manifest = Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise GraceError(
+            f"{folder} has no {MANIFEST}: not an artifact, or its stage never finished; "
+            "run the stage that makes it"
+        ) from None
+    except ValidationError as error:
+        raise GraceError(
+            f"{file} is damaged ({error.error_count()} errors); delete the folder and run its "
+            "stage again"
+        ) from error
+    return Artifact(folder, manifest)
+
+
+def ancestry(artifacts: Iterable[Artifact]) -> dict[str, Artifact]:
+    """These artifacts and everything they were made from, by stage name.
+
+    Raises GraceError when an ancestor's directory is gone.
+    """
+    found: dict[str, Artifact] = {}
+    pending = list(artifacts)
+    while pending:
+        artifact = pending.pop()
+        if artifact.manifest.stage in found:
+            continue
+        found[artifact.manifest.stage] = artifact
+        for parent in artifact.manifest.parents.values():
+            if parent.kind not in OUTSIDE:
+                pending.append(read_artifact(Path(parent.path)))
+    return found
+
+
+def verify_artifact(artifact: Artifact) -> None:
+    """Compare every file with the manifest; raises GraceError naming each difference."""
+    found = _hash_files(artifact.path)
+    expected = artifact.manifest.files
+    problems = [f"missing: {name}" for name in sorted(expected.keys() - found.keys())]
+    problems += [f"not in the manifest: {name}" for name in sorted(found.keys() - expected.keys())]
+    problems += [
+        f"changed: {name}"
+        for name in sorted(expected)
+        if found.get(name, expected[name]) != expected[name]
+    ]
+    if problems:
+        raise GraceError(
+            f"{artifact.path} differs from its manifest; delete it and run its stage again:\n  "
+            + "\n  ".join(problems)
+        )
+
+
+def digest_folder(folder: Path) -> str:
+    """Content digest of any folder, by the rule that artifacts use."""
+    return _digest_of(_hash_files(folder))
+
+
+def code_version() -> dict[str, str]:
+    """The package's version and, in a checkout, its commit (with `-dirty` where it applies)."""
+    code = {"version": grace_core.__version__}
+    root = Path(grace_core.__file__).parent.parent
+    if (root / ".git").exists():
+        described = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if described.returncode == 0:
+            code["commit"] = described.stdout.strip()
+    return code
+
+
+def environment() -> dict[str, str]:
+    """Versions that a result may depend on."""
+    versions = {"python": platform.python_version(), "platform": platform.machine()}
+    for package in _RECORDED_PACKAGES:
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def _hash_files(folder: Path) -> dict[str, FileEntry]:
+    entries: dict[str, FileEntry] = {}
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and file != folder / MANIFEST:
+            with file.open("rb") as stream:
+                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+            entries[file.relative_to(folder).as_posix()] = FileEntry(
+                sha256=sha256, size=file.stat().st_size
+            )
+    return entries
+
+
+def _digest_of(files: Mapping[str, FileEntry]) -> str:
+    lines = [f"{name} {entry.sha256}" for name, entry in sorted(files.items())]
+    return hashlib.sha256(json.dumps(lines).encode("utf-8")).hexdigest()

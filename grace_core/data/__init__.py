@@ -1,0 +1,1 @@
+"""Data: from annotations and pictures to packed rows of tokens."""

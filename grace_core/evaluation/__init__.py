@@ -1,0 +1,1 @@
+"""Scoring models on benchmarks: questions in, generated answers, letters read, table out."""

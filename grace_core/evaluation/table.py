@@ -1,0 +1,166 @@
+"""The results table: teacher, baseline and the released models on every benchmark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.table import Table
+
+from grace_core.errors import GraceError
+
+Label = Literal["teacher", "baseline", "bf16", "w8", "w4"]
+
+TITLES: dict[Label, str] = {
+    "teacher": "Teacher",
+    "baseline": "Baseline",
+    "bf16": "GRACE BF16",
+    "w8": "GRACE W8G128",
+    "w4": "GRACE W4G128",
+}
+
+
+@dataclass(frozen=True)
+class ResultRow:
+    """Scores of one model."""
+
+    label: Label
+    scores: Mapping[str, float | None]
+    """Benchmark -> percent, in the table's order; None where items were missing or failed."""
+
+    held_out_loss: float | None = None
+    """Cross-entropy on held-out captions, nats a token; shown beside, never averaged."""
+
+    @property
+    def average(self) -> float | None:
+        """Unweighted mean over the benchmarks; None unless every one has a score."""
+        known = [score for score in self.scores.values() if score is not None]
+        return sum(known) / len(known) if known and len(known) == len(self.scores) else None
+
+
+@dataclass(frozen=True)
+class ResultsTable:
+    """Rows over the same benchmarks; made by `results_table`."""
+
+    rows: tuple[ResultRow, ...]
+
+    @property
+    def benchmarks(self) -> list[str]:
+        return list(self.rows[0].scores)
+
+    def gain(self, row: ResultRow) -> float | None:
+        """Percentage points of the average above the baseline's."""
+        baseline = self._average("baseline")
+        if row.average is None or baseline is None:
+            return None
+        return row.average - baseline
+
+    def kept(self, row: ResultRow) -> float | None:
+        """Percent of the BF16 model's average that a quantized model keeps; None for others."""
+        bf16 = self._average("bf16")
+        if row.label not in ("w8", "w4") or row.average is None or not bf16:
+            return None
+        return 100.0 * row.average / bf16
+
+    def to_dict(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """`{"rows": {label: {benchmark: percent, ..., "average": percent}}}`, not rounded.
+
+        `held_out_loss` is added to the rows that have it.
+        """
+        rows: dict[str, dict[str, float | None]] = {}
+        for row in self.rows:
+            rows[row.label] = {**row.scores, "average": row.average}
+            if row.held_out_loss is not None:
+                rows[row.label]["held_out_loss"] = row.held_out_loss
+        return {"rows": rows}
+
+    def to_markdown(self) -> str:
+        """A table in GitHub's Markdown; the best released model of each column in bold."""
+        header, *body = self._cells()
+        best = self._best_rows()
+        lines = ["| " + " | ".join(header) + " |", "|---|" + "---:|" * (len(header) - 1)]
+        for number, cells in enumerate(body):
+            marked = [
+                f"**{cell}**" if number in best.get(column, ()) else cell
+                for column, cell in enumerate(cells)
+            ]
+            lines.append("| " + " | ".join(marked) + " |")
+        return "\n".join(lines)
+
+    def to_rich(self) -> Table:
+        """The same table for a terminal."""
+        header, *body = self._cells()
+        table = Table(title="Accuracy in percent")
+        table.add_column(header[0])
+        for name in header[1:]:
+            table.add_column(name, justify="right")
+        for cells in body:
+            table.add_row(*cells)
+        return table
+
+    def _average(self, label: Label) -> float | None:
+        return next((row.average for row in self.rows if row.label == label), None)
+
+    def _cells(self) -> list[list[str]]:
+        has_loss = any(row.held_out_loss is not None for row in self.rows)
+        loss = ["Held-out loss"] if has_loss else []
+        cells = [["Model", *self.benchmarks, "Average", "vs baseline", "of BF16", *loss]]
+        for row in self.rows:
+            gain = None if row.label == "baseline" else self.gain(row)
+            values = [_show(score) for score in [*row.scores.values(), row.average]]
+            values += [_show(gain, "+.1f"), _show(self.kept(row), ".1f", " %")]
+            values += [_show(row.held_out_loss, ".3f")] if has_loss else []
+            cells.append([TITLES[row.label], *values])
+        return cells
+
+    def _best_rows(self) -> dict[int, list[int]]:
+        """Column of `_cells` -> rows with its highest score; the teacher is only a reference."""
+        best: dict[int, list[int]] = {}
+        for column, name in enumerate([*self.benchmarks, "average"], start=1):
+            scores = {
+                number: row.average if name == "average" else row.scores[name]
+                for number, row in enumerate(self.rows)
+                if row.label != "teacher"
+            }
+            known = {number: score for number, score in scores.items() if score is not None}
+            if len(known) > 1:
+                top = max(known.values())
+                best[column] = [number for number, score in known.items() if score == top]
+        return best
+
+
+def results_table(rows: Sequence[ResultRow]) -> ResultsTable:
+    """Put rows in the table's order.
+
+    Raises GraceError when there is no row, two rows share a label, or the rows were not scored on
+    the same benchmarks, since their averages could not be compared.
+    """
+    if not rows:
+        raise GraceError("the results table has no row; evaluate at least one model")
+    by_label = {row.label: row for row in rows}
+    if len(by_label) != len(rows):
+        raise GraceError(f"two rows share a label: {', '.join(row.label for row in rows)}")
+    expected = set(rows[0].scores)
+    for row in rows:
+        if set(row.scores) != expected:
+            raise GraceError(
+                f"{row.label} was scored on {sorted(row.scores)}, {rows[0].label} on "
+                f"{sorted(expected)}; evaluate all models on the same benchmarks"
+            )
+    order = list(rows[0].scores)
+    return ResultsTable(
+        tuple(
+            ResultRow(
+                label,
+                {name: by_label[label].scores[name] for name in order},
+                by_label[label].held_out_loss,
+            )
+            for label in TITLES
+            if label in by_label
+        )
+    )
+
+
+def _show(value: float | None, form: str = ".1f", unit: str = "") -> str:
+    return "–" if value is None else f"{value:{form}}{unit}"

@@ -1,0 +1,1 @@
+"""Releases: trained checkpoints written as others load them, and the proof that nothing changed."""

@@ -1,0 +1,247 @@
+"""One child process group: started, watched, and ended whatever happens.
+
+A training runs as an agent (torchrun) with its ranks below it, each rank in a session of its own.
+Killing the agent alone would orphan the ranks, and signalling its group would not reach them.
+So an end always goes the same way: note every descendant, ask the agent with SIGTERM (torchrun
+forwards it, ranks save and leave), wait, SIGKILL whoever is still there.
+
+When this process itself is killed, the kernel sends the agent SIGTERM (PR_SET_PDEATHSIG). Linux
+sends it when the *thread* that forked ends; `run_process_group` forks and waits in one thread,
+which therefore outlives the child.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from grace_core.errors import GraceError
+from grace_core.events import LineReader
+
+logger = logging.getLogger(__name__)
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)  # loaded before any fork: the child must not import
+_SHOWN_LINES = 20
+_KILL_SECONDS = 10.0  # only a process stuck in a driver or a file system outlives SIGKILL so long
+_RANK_LINE = re.compile(r"^\[[a-z]*(\d+)\]:")
+_FAILED_RANK = re.compile(r"failed \(exitcode: -?\d+\) local_rank: (\d+)")
+
+
+class ProcessGroupFailed(GraceError):
+    """A process group ended with an error or did not end in time.
+
+    exit_code: the agent's, negative for a signal; None when the time ran out.
+    """
+
+    def __init__(self, message: str, exit_code: int | None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def torchrun_command(
+    module: str, arguments: Sequence[str], *, processes: int, log_folder: Path
+) -> list[str]:
+    """Command that runs `python -m module arguments` in `processes` ranks on this machine.
+
+    Each rank's output is kept below `log_folder/ranks` and repeated by the agent with the rank in
+    front (`[default0]:`), which is how `run_process_group` tells the ranks apart.
+    """
+    return [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+        f"--log-dir={log_folder / 'ranks'}",
+        "--redirects=3",
+        "--tee=3",
+        "-m",
+        module,
+        *arguments,
+    ]
+
+
+def run_process_group(
+    command: Sequence[str],
+    *,
+    stage: str,
+    env: Mapping[str, str],
+    log_folder: Path,
+    grace_seconds: float = 20.0,
+    timeout_seconds: float | None = None,
+    on_poll: Callable[[], None] | None = None,
+    on_line: Callable[[str], None] = logger.info,
+    poll_seconds: float = 0.5,
+) -> None:
+    """Run `command` to its end, leaving no process behind however it ends.
+
+    `env` is the child's whole environment. Output goes to `stdout.log` and `stderr.log` in
+    `log_folder` (appended); `on_line` also gets rank 0's lines, or all lines where no rank is
+    marked. `on_poll` is called every `poll_seconds` and once after the end. `grace_seconds` lie
+    between SIGTERM and SIGKILL when this call is interrupted, fails or runs out of time.
+
+    Raises ProcessGroupFailed on a non-zero exit code or after `timeout_seconds`; any exception
+    that interrupts the wait (a cancellation, Ctrl-C, an error of `on_poll`) is raised again once
+    the group is gone.
+    """
+    log_folder.mkdir(parents=True, exist_ok=True)
+    out, err = log_folder / "stdout.log", log_folder / "stderr.log"
+    followed = [
+        LineReader(file, file.stat().st_size if file.exists() else 0) for file in (out, err)
+    ]
+    earlier = followed[1].offset
+    with out.open("ab") as out_stream, err.open("ab") as err_stream:
+        agent = start_process_group(command, env=env, stdout=out_stream, stderr=err_stream)
+    started = time.monotonic()
+    group: set[psutil.Process] = set()
+
+    def look() -> None:
+        group.update(_descendants(agent))
+        for reader in followed:
+            for line in reader.poll():
+                if (marked := _RANK_LINE.match(line)) is None or marked.group(1) == "0":
+                    on_line(line)
+        if on_poll is not None:
+            on_poll()
+
+    try:
+        while True:
+            try:
+                exit_code: int | None = agent.wait(poll_seconds)
+                break
+            except subprocess.TimeoutExpired:
+                look()
+            if timeout_seconds is not None and time.monotonic() - started > timeout_seconds:
+                exit_code = None
+                break
+    finally:
+        end_process_group(agent, group, grace_seconds)
+    look()
+    if exit_code == 0:
+        return
+    if exit_code is None:
+        problem = f"did not end within {timeout_seconds:g} s and was stopped"
+        remedy = "raise launch.timeout_hours, or resume: finished steps are kept in checkpoints"
+    else:
+        problem = f"ended with {_describe(exit_code)}"
+        remedy = "mend what it says and run again: training resumes from its last checkpoint"
+    raise ProcessGroupFailed(
+        f"stage {stage}: its processes {problem}; {remedy}.\n"
+        f"Full output: {log_folder}\nLast lines of the error output:\n"
+        + "\n".join(f"  {line}" for line in _failure_lines(err, earlier)),
+        exit_code,
+    )
+
+
+def start_process_group(
+    command: Sequence[str], *, env: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes]
+) -> subprocess.Popen[bytes]:
+    """Start `command` in a session of its own; it gets SIGTERM when the calling thread ends.
+
+    `env` is its whole environment. End it with `end_process_group`.
+    """
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=stderr,
+        env=dict(env),
+        start_new_session=True,
+        preexec_fn=_end_with_parent(os.getpid()),
+    )
+
+
+def _end_with_parent(parent: int) -> Callable[[], None]:
+    def prepare() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+        if os.getppid() != parent:  # the parent died between fork and prctl: no signal would come
+            os._exit(1)
+
+    return prepare
+
+
+def _descendants(agent: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    try:
+        return psutil.Process(agent.pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def end_process_group(
+    agent: subprocess.Popen[bytes], known: set[psutil.Process], grace_seconds: float
+) -> None:
+    """End the agent and all its descendants; returns when none is left.
+
+    known: descendants seen earlier, which an agent that has ended can no longer name. psutil
+    identifies a process by id and start time, so a reused id is never signalled.
+    """
+    try:
+        known.update(_descendants(agent))
+        if agent.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                agent.terminate()
+        else:  # nobody is left to forward the signal
+            _signal(known, signal.SIGTERM)
+        deadline = time.monotonic() + grace_seconds
+        while time.monotonic() < deadline and (agent.poll() is None or _alive(known)):
+            known.update(_descendants(agent))
+            time.sleep(0.05)
+    finally:  # also when a second interruption cuts the grace short
+        known.update(_descendants(agent))
+        if agent.poll() is None:
+            agent.kill()
+        _signal(known, signal.SIGKILL)
+        agent.wait()
+        deadline = time.monotonic() + _KILL_SECONDS
+        while (left := _alive(known)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if left:
+            logger.error("processes %s survived SIGKILL: end them by hand", [p.pid for p in left])
+
+
+def _alive(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
+    alive = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+                alive.append(process)
+    return alive
+
+
+def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None:
+    for process in _alive(processes):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)
+
+
+def _describe(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"exit code {exit_code}"
+    name = signal.Signals(-exit_code).name
+    hint = " (often: out of memory)" if name == "SIGKILL" else ""
+    return f"signal {name}{hint}"
+
+
+def _failure_lines(stderr: Path, offset: int) -> list[str]:
+    """The lines that tell why: those of the rank that failed first, as the agent names it."""
+    lines = LineReader(stderr, offset).poll()
+    failed = [match.group(1) for line in lines if (match := _FAILED_RANK.search(line))]
+    if failed:
+        marked = [
+            line for line in lines if (m := _RANK_LINE.match(line)) and m.group(1) == failed[0]
+        ]
+        lines = marked or lines
+    return lines[-_SHOWN_LINES:] or ["(nothing was written)"]

@@ -1,0 +1,186 @@
+"""The releases of one run together: results table, model cards, and their way to the destination."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+from grace_core.artifacts import Artifact, Parent, ancestry, read_artifact
+from grace_core.config.model import BITS, GraceConfig, HubDestination, TrainingStage
+from grace_core.evaluation.table import Label, ResultRow, ResultsTable, results_table
+from grace_core.export.card import (
+    Lineage,
+    Quantization,
+    Release,
+    ZooEntry,
+    model_card,
+    release_manifest,
+)
+from grace_core.publish.directory import Published, publish_to_directory
+from grace_core.publish.hub import publish_to_hub
+
+ROWS: tuple[Label, ...] = ("teacher", "baseline", "bf16", "w8", "w4")
+
+
+def publish_releases(
+    config: GraceConfig,
+    releases: Mapping[str, Artifact],
+    evaluations: Mapping[str, Artifact],
+    out: Path,
+) -> None:
+    """Write the table into `out` and the releases to the configured destination.
+
+    Leaves in `out`: `results.json` (rows, releases, seconds by stage), `table.md` and
+    `releases.json` (location and revision of each release).
+    """
+    table = table_of(evaluations)
+    cards = {label: _release(config, label, releases[label], list(releases)) for label in releases}
+    published = {}
+    if config.publish.enabled:
+        for label, release in cards.items():
+            scores = next(row.scores for row in table.rows if row.label == label)
+            card = model_card(release, scores=scores, results_markdown=table.to_markdown())
+            manifest = release_manifest(release, scores=scores)
+            folder = releases[label].path / "model"
+            published[label] = _send(config, release.repository, folder, card, manifest)
+    stages = ancestry([*releases.values(), *evaluations.values()])
+    results = {
+        **table.to_dict(),
+        "releases": {
+            label: published[label].location if published else str(release.path / "model")
+            for label, release in releases.items()
+        },
+        "seconds": {stage: item.manifest.seconds for stage, item in sorted(stages.items())},
+    }
+    _write_json(out / "results.json", results)
+    _write_json(out / "releases.json", {name: vars(place) for name, place in published.items()})
+    (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
+
+
+def table_of(evaluations: Mapping[str, Artifact]) -> ResultsTable:
+    """The results table of the evaluated models, in the order of the model card."""
+    rows = []
+    for label in ROWS:
+        if label not in evaluations:
+            continue
+        file = evaluations[label].path / "results.json"
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        scores = {name: result["accuracy"] for name, result in summary["benchmarks"].items()}
+        rows.append(ResultRow(label, scores, summary.get("held_out_loss")))
+    return results_table(rows)
+
+
+def repository_name(config: GraceConfig, label: str) -> str:
+    """`<name>-BF16`, `<name>-W4G128`; with the owner in front where it goes to the Hub."""
+    suffix = "BF16" if label == "bf16" else f"{label.upper()}G{config.quantize.group_size}"
+    name = f"{config.publish.name}-{suffix}"
+    destination = config.publish.destination
+    return f"{destination.namespace}/{name}" if isinstance(destination, HubDestination) else name
+
+
+def _send(
+    config: GraceConfig, repository: str, folder: Path, card: str, manifest: str
+) -> Published:
+    destination = config.publish.destination
+    if isinstance(destination, HubDestination):
+        return publish_to_hub(
+            folder,
+            card,
+            manifest,
+            namespace=destination.namespace,
+            name=repository.split("/")[1],
+            private=destination.private,
+            endpoint=destination.endpoint,
+        )
+    return publish_to_directory(
+        folder, card, manifest, config.run_dir / destination.path / repository
+    )
+
+
+def _release(config: GraceConfig, label: str, release: Artifact, labels: list[str]) -> Release:
+    model = read_artifact(Path(release.manifest.parents["model"].path))
+    precision = _precision(label)
+    section: TrainingStage = config.distill if label == "bf16" else config.quantize
+    bf16 = repository_name(config, "bf16")
+    exactness = release.manifest.facts["exactness"]
+    return Release(
+        repository=repository_name(config, label),
+        precision=precision,
+        base_model=config.publish.base_model if label == "bf16" else bf16,
+        backbone=config.publish.base_model,
+        teacher=config.publish.teacher_model,
+        dataset=config.publish.dataset,
+        licence=config.publish.licence,
+        zoo=[_zoo_entry(config, name) for name in labels],
+        training=_settings(section),
+        files=sorted(file.name for file in (release.path / "model").iterdir()),
+        lineage=_lineage(config, model),
+        quantization=None
+        if precision == "bf16"
+        else Quantization(
+            bits=8 if BITS[precision] == 8 else 4,
+            group_size=config.quantize.group_size,
+            layers=exactness["layers"],
+        ),
+    )
+
+
+def _precision(label: str) -> Literal["bf16", "w8", "w4"]:
+    assert label in ("bf16", "w8", "w4"), label
+    return label  # type: ignore[return-value]  # narrowed by the assertion above
+
+
+def _zoo_entry(config: GraceConfig, label: str) -> ZooEntry:
+    group = config.quantize.group_size
+    descriptions = {
+        "bf16": "full-precision student; the W8 and W4 students start from it",
+        "w8": f"INT8 weights, group size {group}",
+        "w4": f"INT4 weights, group size {group}",
+    }
+    return ZooEntry(
+        repository=repository_name(config, label),
+        backbone=config.publish.base_model,
+        precision=_precision(label),
+        description=descriptions[label],
+    )
+
+
+def _settings(section: TrainingStage) -> dict[str, str | int | float]:
+    training, objective = section.training, section.objective
+    length = f"{training.steps} steps" if training.steps else f"{training.epochs:g} epochs"
+    settings: dict[str, str | int | float] = {
+        "Length": length,
+        "Rows a step": f"{training.rows_per_step} of up to {training.row_tokens} tokens",
+        "Learning rate": training.learning_rate,
+        "Distillation": objective.distillation.kind,
+        "Relational weight": objective.relational.omega if objective.relational.enabled else "off",
+        "Beta": f"{objective.controller.kind}, from {objective.controller.beta_init}",
+        "Parallelism": f"DeepSpeed ZeRO-{training.zero_stage}, bf16",
+    }
+    return settings
+
+
+def _lineage(config: GraceConfig, model: Artifact) -> Lineage:
+    parents = model.manifest.parents
+    data = read_artifact(Path(parents["data"].path))
+    nothing = Parent(kind="none", path="none", digest="none")
+    counts = ("records", "used", "quarantined", "tokens")
+    return Lineage(
+        data=config.publish.dataset,
+        data_digest=data.digest,
+        records={name: int(data.manifest.metrics[name]) for name in counts},
+        teacher=config.publish.teacher_model,
+        teacher_digest=parents.get("teacher", nothing).digest,
+        parent=config.publish.base_model
+        if model.manifest.stage == "bf16"
+        else repository_name(config, "bf16"),
+        parent_digest=parents["student"].digest,
+        config_digest=model.manifest.config_digest,
+        code=model.manifest.code,
+    )
+
+
+def _write_json(file: Path, value: object) -> None:
+    file.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,47 @@
+"""What the processes of a training stage are told, as one JSON file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field
+
+from grace_core.config.model import BITS, Objective, Precision, Section, Training
+
+
+class TrainingJob(Section):
+    """One training stage, fully resolved: paths on disk and settings, nothing to look up."""
+
+    stage: str
+    seed: int
+    training: Training
+    objective: Objective
+    student: Path = Field(description="checkpoint directory the student starts from")
+    teacher: Path | None = Field(None, description="checkpoint directory of the frozen teacher")
+    data: Path = Field(description="Arrow directory of prepared samples")
+    min_pixels: int
+    max_pixels: int
+    precision: Precision | None = Field(None, description="quantized training; None is BF16")
+    group_size: int = 128
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    grace_seconds: float = Field(20.0, description="seconds between SIGTERM and SIGKILL")
+    work: Path = Field(description="folder of checkpoints, metrics and logs; a re-run continues it")
+
+    @property
+    def bits(self) -> int:
+        assert self.precision is not None, "BF16 training has no code width"
+        return BITS[self.precision]
+
+    @property
+    def metrics(self) -> Path:
+        return self.work / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.work / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        """Where the trained checkpoint lies once the job is done."""
+        return self.work / "trained"

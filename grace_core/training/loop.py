@@ -1,0 +1,432 @@
+"""The training loop, the same for distillation and for quantized training.
+
+One optimizer step: the teacher goes over this rank's rows, the counts are summed over all ranks,
+the student goes forward and backward row by row, the sums are reduced, weights and scales are
+stepped, and the controller learns of the step's distillation loss.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from datasets import load_from_disk
+from torch import distributed as dist
+from torch.utils.data import DataLoader
+
+from grace_core.data.packing import planned_steps, rows_of_steps
+from grace_core.errors import GraceError
+from grace_core.events import Event, EventWriter, truncate_after
+from grace_core.losses.objective import (
+    GlobalCounts,
+    StudentObjective,
+    TeacherRow,
+    TermWeights,
+    make_controller,
+    omega_at,
+    teacher_row,
+)
+from grace_core.models.families import set_trainable
+from grace_core.models.loading import check_pair, load_model, read_checkpoint
+from grace_core.models.rows import PackedRow, packed_row
+from grace_core.models.visual_inputs import VisualInputs, check_same_tokens
+from grace_core.quantization.convert import convert
+from grace_core.quantization.scales import ScaleBank
+from grace_core.training import checkpoint as checkpoints
+from grace_core.training.job import TrainingJob
+from grace_core.training.optimizer import (
+    clip_flat_gradient,
+    rate_at,
+    scale_optimizer,
+    set_rate,
+    weight_optimizer,
+)
+from grace_core.training.result import write_result
+from grace_core.training.saved import Layout, Saved, latest_checkpoint
+from grace_core.training.stopping import StopSignal
+from grace_core.training.zero import deepspeed_settings
+
+log = logging.getLogger(__name__)
+
+
+class TrainingDiverged(GraceError):
+    """The loss or a gradient stopped being a finite number."""
+
+
+def train(job: TrainingJob, device: torch.device, stop: StopSignal) -> bool:
+    """Run a job to its end, or until told to stop; called by every rank of the group.
+
+    Returns True when the result was written, False when the run stopped early and can go on.
+    """
+    trainer = Trainer(job, device)
+    if not trainer.run(stop):
+        return False
+    write_result(job, trainer.student.model, trainer.bank)
+    return True
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step measured, equal on all ranks; losses are global means."""
+
+    cross_entropy: float
+    distillation: float
+    relational: float
+    tokens: int
+    supervised: float
+    grad_norm: float
+    scale_grad_norm: float | None
+
+
+class Trainer:
+    """Models, optimizers and position of one run."""
+
+    def __init__(self, job: TrainingJob, device: torch.device) -> None:
+        self.job = job
+        self.device = device
+        self.rank, self.processes = dist.get_rank(), dist.get_world_size()
+        training = job.training
+        torch.manual_seed(job.seed)
+
+        folder = read_checkpoint(job.student)
+        self.family = folder.family
+        self.visual = VisualInputs(folder, min_pixels=job.min_pixels, max_pixels=job.max_pixels)
+        self.teacher: Any = None
+        if job.objective.needs_teacher:
+            self.teacher = self._load_teacher(folder)
+        model = load_model(folder, device=device, attention="packed").train()
+        set_trainable(model, self.family, training.trainable)
+        if training.gradient_checkpointing:
+            # Not reentrant: the penultimate states are read inside the checkpointed layers.
+            # ZeRO-3 empties parameters between passes, which the shape check would object to.
+            model.gradient_checkpointing_enable(
+                {"use_reentrant": False, "determinism_check": "none"}
+            )
+
+        layout = Layout(self.processes, training.zero_stage)
+        saved = _agreed(job, layout)
+        if saved is not None:
+            checkpoints.load_weights(saved, model)
+        self.bank: ScaleBank | None = None
+        self.scale_optimizer: torch.optim.AdamW | None = None
+        if job.precision is not None:
+            self.bank = convert(
+                model,
+                decoder_prefix=self.family.decoder,
+                bits=job.bits,
+                group_size=job.group_size,
+            )
+            self.scale_optimizer = scale_optimizer(self.bank, training)
+        self.student = StudentObjective(
+            model, self.family, job.objective, chunk_tokens=training.logits_chunk_tokens
+        )
+        self.engine = _deepspeed_engine(self.student, job, self.processes, device)
+        self.controller = make_controller(job.objective)
+        self.layout = layout
+        self.step = 0
+        if saved is not None:
+            checkpoints.load_optimizer(saved, self.engine)
+            if self.bank is not None and self.scale_optimizer is not None:
+                checkpoints.load_scales(saved, self.bank, self.scale_optimizer)
+            self.controller.load_state_dict(saved.controller)
+            self.step = saved.step
+            log.info("continuing after step %d", self.step)
+
+        self.data = load_from_disk(str(job.data))
+        self.lengths: list[int] = list(self.data["num_tokens"])
+        if not self.lengths:
+            raise GraceError(
+                f"{job.data} holds no samples; see quarantine.jsonl beside it for the reasons"
+            )
+        self.steps = planned_steps(
+            self.lengths,
+            row_tokens=training.row_tokens,
+            rows_per_step=training.rows_per_step,
+            seed=job.seed,
+            steps=training.steps,
+            epochs=training.epochs,
+        )
+
+    def run(self, stop: StopSignal) -> bool:
+        """Train to the last step; False when stopped before it."""
+        if self.rank == 0:
+            truncate_after(self.job.metrics, self.step)
+        events = EventWriter(self.job.metrics) if self.rank == 0 else None
+        every = self.job.training.checkpoint_every
+        rows = iter(self._rows())
+        last_saved = self.step
+        try:
+            while self.step < self.steps:
+                started = time.monotonic()
+                report = self.optimizer_step([next(rows) for _ in range(self._rows_per_process)])
+                seconds = time.monotonic() - started
+                if events is not None:
+                    events.write(self._event(report, seconds))
+                stopping = self._any_rank(stop.requested)
+                if stopping:
+                    self._stop(stop, last_saved)
+                    return False
+                if self.step % every == 0 and self.step < self.steps:
+                    stop.write_seconds = self.save()
+                    last_saved = self.step
+        finally:
+            if events is not None:
+                events.close()
+        return True
+
+    def optimizer_step(self, rows: list[PackedRow]) -> StepReport:
+        """One optimizer step over this rank's rows."""
+        objective, training = self.job.objective, self.job.training
+        rows = [row.to(self.device) for row in rows]
+        taught: list[TeacherRow | None] = [
+            None
+            if self.teacher is None
+            else teacher_row(
+                self.teacher,
+                self.family,
+                objective,
+                row,
+                chunk_tokens=training.logits_chunk_tokens,
+            )
+            for row in rows
+        ]
+        counts = self._global_counts(rows, taught)
+        beta, omega = self.controller.beta, omega_at(objective, self.step)
+        weights = TermWeights.of(objective, counts, beta=beta, omega=omega)
+
+        rate = rate_at(self.step, self.steps, training.warmup_share)
+        set_rate(self.engine.basic_optimizer, rate * training.learning_rate)
+        if self.bank is not None:
+            self.bank.zero_grad()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)
+        report: StepReport | None = None
+        for index, (row, teacher) in enumerate(zip(rows, taught, strict=True)):
+            loss, row_sums = self.engine(row, teacher, weights)
+            # DeepSpeed averages over ranks and, unless told not to, over rows; ours is a sum.
+            self.engine.backward(loss * self.processes, scale_wrt_gas=False)
+            sums += row_sums
+            if index == len(rows) - 1:
+                dist.all_reduce(sums)
+                report = self._report(sums, counts, rows)
+                self._step_scales(rate)
+            self.engine.step()
+        assert report is not None
+        grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
+        scale_norm = self._scale_grad_norm
+        if not math.isfinite(grad_norm):
+            raise TrainingDiverged(self._divergence("gradient norm", grad_norm))
+        if objective.distillation.kind != "none":
+            self.controller.update(report.distillation)
+        self.step += 1
+        return StepReport(**{**vars(report), "grad_norm": grad_norm, "scale_grad_norm": scale_norm})
+
+    def save(self) -> float:
+        """Write a checkpoint; returns the seconds it took."""
+        scales = None
+        if self.bank is not None and self.scale_optimizer is not None:
+            scales = (self.bank, self.scale_optimizer)
+        return checkpoints.save_checkpoint(
+            self.job.checkpoints,
+            self.engine,
+            self.student.model,
+            step=self.step,
+            layout=self.layout,
+            controller=self.controller.state_dict(),
+            scales=scales,
+            keep=self.job.training.keep_checkpoints,
+        )
+
+    @property
+    def _rows_per_process(self) -> int:
+        return self.job.training.rows_per_step // self.processes
+
+    def _load_teacher(self, student: Any) -> Any:
+        assert self.job.teacher is not None, "the objective needs a teacher"
+        folder = read_checkpoint(self.job.teacher)
+        check_pair(folder, student)
+        visual = VisualInputs(
+            folder, min_pixels=self.job.min_pixels, max_pixels=self.job.max_pixels
+        )
+        check_same_tokens(visual, self.visual)
+        model = load_model(folder, device=self.device, attention="packed")
+        return model.requires_grad_(False)
+
+    def _rows(self) -> Iterator[PackedRow]:
+        training = self.job.training
+        loader = DataLoader(
+            _RankRows(self),
+            batch_size=None,
+            num_workers=training.data_workers,
+            prefetch_factor=4 if training.data_workers else None,
+        )
+        return iter(loader)
+
+    def _global_counts(
+        self, rows: list[PackedRow], taught: list[TeacherRow | None]
+    ) -> GlobalCounts:
+        local = torch.zeros(3, dtype=torch.float64, device=self.device)
+        for row, teacher in zip(rows, taught, strict=True):
+            local[0] += len(row.labels)
+            if teacher is not None:
+                local[1] += teacher.gates.double().sum()
+                local[2] += sum(relation.counts for relation in teacher.relations)
+        dist.all_reduce(local)
+        tokens, gates, pictures = local.tolist()
+        return GlobalCounts(tokens, gates, pictures)
+
+    def _report(
+        self, sums: torch.Tensor, counts: GlobalCounts, rows: list[PackedRow]
+    ) -> StepReport:
+        cross_entropy, distillation, relational = sums.tolist()
+        tokens = torch.tensor(float(sum(row.input_ids.shape[1] for row in rows)))
+        dist.all_reduce(tokens := tokens.to(self.device))
+        report = StepReport(
+            cross_entropy=cross_entropy / counts.tokens,
+            distillation=distillation / counts.gates if counts.gates else 0.0,
+            relational=relational / counts.pictures if counts.pictures else 0.0,
+            tokens=int(tokens),
+            supervised=counts.tokens,
+            grad_norm=0.0,
+            scale_grad_norm=None,
+        )
+        for name in ("cross_entropy", "distillation", "relational"):
+            if not math.isfinite(getattr(report, name)):
+                raise TrainingDiverged(self._divergence(name, getattr(report, name)))
+        return report
+
+    def _step_scales(self, rate: float) -> None:
+        """Step theta with the gradient summed over ranks, before the weights move."""
+        self._scale_grad_norm: float | None = None
+        if self.bank is None or self.scale_optimizer is None:
+            return
+        gradient = self.bank.flat.grad
+        assert gradient is not None and gradient.dtype == torch.float32
+        dist.all_reduce(gradient)
+        gradient.div_(self.processes)  # each row's loss carried the factor that undoes averaging
+        norm = clip_flat_gradient(gradient, self.job.training.max_grad_norm)
+        if not math.isfinite(norm):
+            raise TrainingDiverged(self._divergence("gradient norm of the scales", norm))
+        self._scale_grad_norm = norm
+        set_rate(self.scale_optimizer, rate * self.job.training.scale_learning_rate)
+        self.scale_optimizer.step()
+
+    def _divergence(self, what: str, value: float) -> str:
+        return (
+            f"stage {self.job.stage}, step {self.step + 1}: {what} is {value}; training stopped "
+            f"before anything was overwritten. Last good checkpoint: {self.job.checkpoints}. "
+            "Lower learning_rate or omega, or look at the records of this step, then run again"
+        )
+
+    def _any_rank(self, flag: bool) -> bool:
+        agreed = torch.tensor(int(flag), device=self.device)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        return bool(agreed)
+
+    def _stop(self, stop: StopSignal, last_saved: int) -> None:
+        fits = torch.tensor(int(stop.write_fits(self.job.grace_seconds)), device=self.device)
+        dist.all_reduce(fits, op=dist.ReduceOp.MIN)
+        if bool(fits):
+            self.save()
+            log.warning("stopped by signal after step %d; saved, nothing is lost", self.step)
+        else:
+            log.warning(
+                "stopped by signal after step %d; no time to save, %d steps will be repeated",
+                self.step,
+                self.step - last_saved,
+            )
+
+    def _event(self, report: StepReport, seconds: float) -> Event:
+        values = {
+            "cross_entropy": report.cross_entropy,
+            "distillation": report.distillation,
+            "relational": report.relational,
+            "beta": self.controller.beta,
+            "omega": omega_at(self.job.objective, self.step - 1),
+            "learning_rate": self.engine.basic_optimizer.param_groups[0]["lr"],
+            "grad_norm": report.grad_norm,
+            "supervised_tokens": report.supervised,
+            "tokens_per_second": report.tokens / seconds,
+            "seconds": seconds,
+            "steps": float(self.steps),
+        }
+        if self.controller.ema is not None:
+            values["distillation_ema"] = self.controller.ema
+        if report.scale_grad_norm is not None:
+            values["scale_grad_norm"] = report.scale_grad_norm
+        return Event(time.time(), self.job.stage, self.step, "train", values)
+
+
+def _agreed(job: TrainingJob, layout: Layout) -> Saved | None:
+    """The checkpoint to continue, found and verified by rank 0 alone."""
+    found: list[Saved | None] = [None]
+    if dist.get_rank() == 0:
+        found = [latest_checkpoint(job.checkpoints, layout)]
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+class _RankRows(torch.utils.data.IterableDataset[PackedRow]):
+    """This rank's rows from the trainer's step on; decoded by the loader's processes."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        training = trainer.job.training
+        self.data, self.visual = trainer.data, trainer.visual
+        self.lengths, self.seed = trainer.lengths, trainer.job.seed
+        self.row_tokens, self.rows_per_step = training.row_tokens, training.rows_per_step
+        self.first_step = trainer.step
+        self.rank, self.processes = trainer.rank, trainer.processes
+
+    def __iter__(self) -> Iterator[PackedRow]:
+        worker = torch.utils.data.get_worker_info()
+        share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
+        plan = rows_of_steps(
+            self.lengths,
+            row_tokens=self.row_tokens,
+            rows_per_step=self.rows_per_step,
+            seed=self.seed,
+            first_step=self.first_step,
+        )
+        number = 0
+        for step in plan:
+            for row in step[self.rank :: self.processes]:
+                # The loader asks its processes in turn, so this keeps the order.
+                if number % shares == share:
+                    yield packed_row([self.data[index] for index in row], self.visual)
+                number += 1
+
+
+def _deepspeed_engine(
+    student: StudentObjective, job: TrainingJob, processes: int, device: torch.device
+) -> Any:
+    """Hand the student to DeepSpeed, keeping fp32 buffers (rotary frequencies) in fp32.
+
+    DeepSpeed's bf16 mode casts buffers as well as parameters; rotary frequencies rounded to bf16
+    would train a slightly different model from the one that is released.
+    """
+    buffers = {
+        (module, name): buffer
+        for module in student.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and buffer.dtype == torch.float32
+    }
+    settings = deepspeed_settings(
+        job.training, processes=processes, device="cuda" if device.type == "cuda" else "cpu"
+    )
+    engine, *_ = deepspeed.initialize(
+        model=student,
+        optimizer=weight_optimizer(student, job.training),
+        config=settings,
+        dist_init_required=False,
+    )
+    # Without ZeRO that step on zero gradients has been made, and Adam's bias correction would
+    # start at two.
+    engine.basic_optimizer.state.clear()
+    for (module, name), buffer in buffers.items():
+        module._buffers[name] = buffer
+    return engine

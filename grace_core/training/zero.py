@@ -1,0 +1,37 @@
+"""DeepSpeed's settings, derived from ours so that no value is written twice."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from grace_core.config.model import Training
+
+
+def deepspeed_settings(
+    training: Training, *, processes: int, device: Literal["cpu", "cuda"]
+) -> dict[str, Any]:
+    """The dictionary for `deepspeed.initialize`.
+
+    A micro-batch is one packed row. Gradients are summed by us (losses are already divided by the
+    global counts), so DeepSpeed's averaging is undone by the caller. Learning rates are set by the
+    loop, step by step, hence no scheduler here.
+    """
+    assert training.rows_per_step % processes == 0, "validated with the configuration"
+    # Without ZeRO DeepSpeed accumulates in the parameters' own dtype and refuses another.
+    accumulation = "bf16" if training.zero_stage == 0 else "fp32"
+    return {
+        "train_batch_size": training.rows_per_step,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": training.rows_per_step // processes,
+        "gradient_clipping": training.max_grad_norm,
+        "bf16": {"enabled": True},
+        "data_types": {"grad_accum_dtype": accumulation},
+        "zero_optimization": {
+            "stage": training.zero_stage,
+            "overlap_comm": device == "cuda",
+            "contiguous_gradients": True,
+            "stage3_param_persistence_threshold": training.zero3_persistence_elements,
+        },
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }

@@ -1,0 +1,187 @@
+"""What was made from what, in MLflow's own terms.
+
+Data sets are run inputs under our content digest. Models are external LoggedModels (weights stay
+where they are): output of the run that made them, input of every run that used them. So from any
+model one walks `source_run_id` -> the run's model and data set inputs -> their runs, and so on.
+What is an input of what comes from the artifact manifests, never from a second record.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+
+import mlflow
+from mlflow import MlflowClient
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    InputTag,
+    LoggedModel,
+    LoggedModelInput,
+    LoggedModelOutput,
+    Metric,
+)
+from mlflow.exceptions import MlflowException
+
+from grace_core.artifacts import Artifact, Parent
+
+DATA_KINDS = ("world", "data", "benchmarks", "annotations")
+MODEL_STAGES = ("teacher", "bf16", "w8", "w4")
+_DIGEST_LENGTH = 32  # hex digits; MLflow takes 36 characters
+CANDIDATE = "candidate"  # registry alias of the newest release; `champion` is for people to set
+
+
+def dataset(name: str, digest: str, path: str) -> Dataset:
+    """A data set by our digest; MLflow's own digest would not see lists, structs and pictures."""
+    return Dataset(name, digest[:_DIGEST_LENGTH], "local", json.dumps({"uri": path}))
+
+
+def find_model(experiment_id: str, digest: str) -> LoggedModel | None:
+    """The LoggedModel of a content digest, as trained or as released; None where there is none."""
+    for tag in ("grace.digest", "grace.release_digest"):
+        found = MlflowClient().search_logged_models(
+            [experiment_id], filter_string=f"tags.`{tag}` = '{digest}'", max_results=1
+        )
+        if found:
+            model: LoggedModel = found[0]
+            return model
+    return None
+
+
+def add_model(experiment_id: str, run_id: str, artifact: Artifact) -> str:
+    """Record `artifact` as a model that `run_id` made; returns the model's id."""
+    manifest = artifact.manifest
+    model = mlflow.create_external_model(
+        name=manifest.stage,
+        source_run_id=run_id,
+        model_type="grace",
+        experiment_id=experiment_id,
+        tags={
+            "grace.stage": manifest.stage,
+            "grace.digest": manifest.digest,
+            "grace.fingerprint": manifest.fingerprint,
+            "grace.config_digest": manifest.config_digest,
+            "grace.path": str(artifact.path.absolute()),
+        },
+    )
+    MlflowClient().log_outputs(run_id, [LoggedModelOutput(model.model_id, step=0)])
+    return str(model.model_id)
+
+
+def link_inputs(experiment_id: str, run_id: str, artifact: Artifact) -> None:
+    """Record the data and models among `artifact`'s parents as inputs of the run that made it.
+
+    What is neither, such as a tokenizer or another model's scores, stays in the manifest.
+    """
+    datasets, models = [], []
+    for role, parent in artifact.manifest.parents.items():
+        if parent.kind in DATA_KINDS:
+            tag = InputTag("mlflow.data.context", role)
+            entry = dataset(parent.kind, parent.digest, parent.path)
+            datasets.append(DatasetInput(entry, [tag]))
+        elif parent.kind in ("checkpoint", *MODEL_STAGES) or parent.kind.startswith("release-"):
+            models.append(LoggedModelInput(_model_of(experiment_id, role, parent)))
+    if datasets or models:
+        MlflowClient().log_inputs(run_id, datasets=datasets, models=models)
+
+
+def _model_of(experiment_id: str, role: str, parent: Parent) -> str:
+    """Id of a parent's model; one that came from outside gets its record when first used."""
+    found = find_model(experiment_id, parent.digest)
+    if found is None:
+        tags = {"grace.digest": parent.digest, "grace.path": parent.path, "grace.role": role}
+        if parent.revision is not None:
+            tags |= {"hf.repo": parent.path, "hf.revision": parent.revision}
+        found = mlflow.create_external_model(
+            name=role, model_type="grace", experiment_id=experiment_id, tags=tags
+        )
+    return str(found.model_id)
+
+
+def register_release(name: str, model_id: str, release: Artifact) -> str:
+    """Enter a released model in the registry under the alias `candidate`; returns its version.
+
+    A model that is registered already keeps its version. The version carries the model's id as a
+    tag because the open-source server does not return the `model_id` it is given.
+    """
+    client = MlflowClient()
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    for version in client.search_model_versions(f"name = '{name}'"):
+        if version.tags.get("grace.release_digest") == release.digest:
+            number = str(version.version)
+            break
+    else:
+        created = client.create_model_version(
+            name,
+            source=f"models:/{model_id}",
+            run_id=client.get_logged_model(model_id).source_run_id,
+            model_id=model_id,
+            tags={
+                "grace.model_id": model_id,
+                "grace.release_digest": release.digest,
+                "grace.path": str(release.path.absolute()),
+            },
+            await_creation_for=0,
+        )
+        number = str(created.version)
+    client.set_registered_model_alias(name, CANDIDATE, number)
+    return number
+
+
+def log_scores(run_id: str, evaluation: Artifact) -> None:
+    """Put an evaluation's metrics on the model that was scored, with the data they are about."""
+    client = MlflowClient()
+    inputs = client.get_run(run_id).inputs
+    moment = round(datetime.fromisoformat(evaluation.manifest.created).timestamp() * 1000)
+    data = {entry.tags[0].value: entry.dataset for entry in inputs.dataset_inputs}  # by role
+    metrics = []
+    for name, value in evaluation.manifest.metrics.items():
+        scored_on = data["held_out" if name == "held_out_loss" else "benchmarks"]
+        metrics += [
+            Metric(
+                name,
+                value,
+                moment,
+                step=0,
+                model_id=model.model_id,
+                dataset_name=scored_on.name,
+                dataset_digest=scored_on.digest,
+            )
+            for model in inputs.model_inputs
+        ]
+    client.log_batch(run_id, metrics=metrics)
+
+
+def ancestry_table(run_ids: Sequence[str]) -> str:
+    """Markdown table of what these runs made from what, oldest first, read back from MLflow."""
+    client = MlflowClient()
+    runs = sorted(
+        (client.get_run(run_id) for run_id in run_ids), key=lambda run: int(run.info.start_time)
+    )
+    rows = ["| stage | made | from data | from models | MLflow run |", "|---|---|---|---|---|"]
+    for run in runs:
+        made = [_model_name(client, entry.model_id) for entry in run.outputs.model_outputs]
+        models = [_model_name(client, entry.model_id) for entry in run.inputs.model_inputs]
+        data = [
+            f"{entry.dataset.name} `{entry.dataset.digest[:12]}`"
+            for entry in run.inputs.dataset_inputs
+        ]
+        cells = [
+            run.data.tags["grace.stage"],
+            ", ".join(made) or f"`{run.data.tags['grace.digest'][:12]}`",
+            ", ".join(data) or "-",
+            ", ".join(models) or "-",
+            f"`{run.info.run_id}`",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows) + "\n"
+
+
+def _model_name(client: MlflowClient, model_id: str) -> str:
+    return f"{client.get_logged_model(model_id).name} `{model_id}`"

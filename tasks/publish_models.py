@@ -1,0 +1,59 @@
+"""Stage `publish`: the results table, and the releases at their destination."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+from mlflow import MlflowClient
+from prefect import task
+from prefect.artifacts import create_table_artifact
+from prefect.cache_policies import NO_CACHE
+
+from grace_core import stages
+from grace_core.config import GraceConfig
+from tasks.tracked import StageRef, run_stage, stage_task
+
+
+@stage_task()
+def publish_models(
+    config: GraceConfig,
+    run: str,
+    releases: dict[str, StageRef],
+    evaluations: dict[str, StageRef],
+) -> StageRef:
+    """Publish; both mappings are by label: bf16, w8, w4, and for evaluations teacher, baseline."""
+    return run_stage(
+        config,
+        run,
+        "publish",
+        lambda context: stages.publish(
+            config,
+            {label: ref.artifact() for label, ref in releases.items()},
+            {label: ref.artifact() for label, ref in evaluations.items()},
+            context,
+        ),
+    )
+
+
+@task(cache_policy=NO_CACHE)
+def show_results(config: GraceConfig, run: str, published: StageRef) -> None:
+    """The results where people look: the run's folder, a Prefect artifact, MLflow's parent run."""
+    folder = published.artifact().path
+    for name in ("results.json", "table.md"):
+        aside = config.run_dir / f".{name}.new"
+        shutil.copyfile(folder / name, aside)
+        os.replace(aside, config.run_dir / name)
+    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
+    table = [
+        {"model": label}
+        | {name: None if score is None else round(score, 1) for name, score in row.items()}
+        for label, row in rows.items()
+    ]
+    create_table_artifact(table, key="results", description="Percent correct")
+    client = MlflowClient()
+    client.log_artifact(run, str(folder / "table.md"))
+    for label, row in rows.items():
+        if row.get("average") is not None:
+            client.log_metric(run, f"average/{label}", row["average"])

@@ -1,0 +1,28 @@
+"""Stages `w8` and `w4`: quantization-aware training of the BF16 student."""
+
+from __future__ import annotations
+
+from grace_core import stages
+from grace_core.config import GraceConfig
+from grace_core.config.model import Precision
+from tasks.tracked import StageRef, run_stage, stage_task
+
+
+@stage_task("quantize_student-{precision}")
+def quantize_student(
+    config: GraceConfig,
+    run: str,
+    precision: Precision,
+    data: StageRef,
+    teacher: StageRef | None,
+    bf16: StageRef,
+) -> StageRef:
+    fitted = teacher.artifact() if teacher else None
+    return run_stage(
+        config,
+        run,
+        precision,
+        lambda context: stages.quantize(
+            config, precision, data.artifact(), fitted, bf16.artifact(), context
+        ),
+    )

@@ -1,0 +1,300 @@
+"""A small Hugging Face Hub on 127.0.0.1: the part of its API that publishing and downloading use.
+
+It keeps repositories in memory as lists of commits, stores large files by SHA-256 after checking
+it, refuses a commit on another parent, and fails on demand.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+
+@dataclass(frozen=True)
+class Blob:
+    content: bytes
+    large: bool
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+    @property
+    def git_id(self) -> str:
+        stored = self.content
+        if self.large:
+            stored = (
+                "version https://git-lfs.github.com/spec/v1\n"
+                f"oid sha256:{self.sha256}\nsize {len(self.content)}\n"
+            ).encode()
+        return hashlib.sha1(b"blob %d\0" % len(stored) + stored).hexdigest()
+
+    @property
+    def etag(self) -> str:
+        return self.sha256 if self.large else self.git_id
+
+
+@dataclass
+class Repository:
+    private: bool
+    commits: list[tuple[str, dict[str, Blob]]] = field(default_factory=list)
+
+    @property
+    def head(self) -> str:
+        return self.commits[-1][0]
+
+    def files(self, revision: str) -> dict[str, Blob] | None:
+        if revision == "main":
+            return self.commits[-1][1]
+        return next((files for oid, files in self.commits if oid == revision), None)
+
+    def add_commit(self, files: dict[str, Blob]) -> str:
+        listing = repr((len(self.commits), sorted((p, b.sha256) for p, b in files.items())))
+        oid = hashlib.sha1(listing.encode()).hexdigest()
+        self.commits.append((oid, files))
+        return oid
+
+
+class Hub:
+    """State of the server; `fail` maps a path's regular expression to the status it answers."""
+
+    def __init__(self, token: str) -> None:
+        self.token = token
+        self.endpoint = ""
+        self.repositories: dict[str, Repository] = {}
+        self.stored: dict[str, bytes] = {}
+        self.fail: dict[str, int] = {}
+        self.before_commit: list[Callable[[Repository], None]] = []
+        self.requests: list[str] = []
+        self.lock = threading.Lock()
+
+
+@contextmanager
+def running_hub(token: str) -> Iterator[Hub]:
+    """Serve until the block ends."""
+    hub = Hub(token)
+
+    class Handler(_Handler):
+        state = hub
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
+
+
+_REPO = r"([\w.-]+/[\w.-]+)"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    state: Hub
+    protocol_version = "HTTP/1.1"
+    wbufsize = -1  # header and body in one packet, else each answer waits for an acknowledgement
+    disable_nagle_algorithm = True
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._dispatch()
+
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def _dispatch(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        path = unquote(urlsplit(self.path).path)
+        hub = self.state
+        with hub.lock:
+            hub.requests.append(f"{self.command} {path}")
+            for pattern, status in hub.fail.items():
+                if re.search(pattern, path):
+                    # A careless server: it repeats the credentials it was sent.
+                    said = f"refused {self.headers.get('Authorization')}"
+                    self._json({"error": said}, status)
+                    return
+            if path.startswith("/lfs/"):
+                self._store(path.removeprefix("/lfs/"), body)
+                return
+            if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                self._json({"error": "Invalid credentials in Authorization header"}, 401)
+                return
+            for method, pattern, action in _ROUTES:
+                match = re.fullmatch(pattern, path)
+                if match and self.command in method:
+                    action(self, body, *match.groups())
+                    return
+        self._json({"error": f"no route {self.command} {path}"}, 404)
+
+    def _json(self, value: Any, status: int = 200) -> None:
+        self._send(json.dumps(value).encode(), status, {"Content-Type": "application/json"})
+
+    def _send(self, content: bytes, status: int, headers: dict[str, str]) -> None:
+        self.send_response(status)
+        for name, text in {**headers, "Content-Length": str(len(content))}.items():
+            self.send_header(name, text)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(content)
+
+    def _repository(self, name: str) -> Repository | None:
+        found = self.state.repositories.get(name)
+        if found is None:
+            headers = {"X-Error-Code": "RepoNotFound"}
+            self._send(b'{"error": "Repository not found"}', 404, headers)
+        return found
+
+    def create(self, body: bytes) -> None:
+        asked = json.loads(body)
+        name = f"{asked['organization']}/{asked['name']}"
+        url = {"url": f"{self.state.endpoint}/{name}"}
+        if name in self.state.repositories:
+            self._json({"error": "You already created this model repo", **url}, 409)
+            return
+        repository = Repository(private=asked.get("visibility") == "private")
+        repository.add_commit({".gitattributes": Blob(b"*.safetensors filter=lfs\n", large=False)})
+        self.state.repositories[name] = repository
+        self._json(url)
+
+    def validate_yaml(self, body: bytes) -> None:
+        content = json.loads(body)["content"]
+        good = content.startswith("---\n") and "\n---\n" in content
+        errors = [] if good else [{"message": "no metadata"}]
+        self._json({"errors": errors, "warnings": []}, 200 if good else 400)
+
+    def info(self, body: bytes, name: str, revision: str | None = None) -> None:
+        repository = self._repository(name)
+        if repository is None:
+            return
+        siblings = [{"rfilename": path} for path in repository.files("main") or {}]
+        self._json(
+            {
+                "id": name,
+                "sha": repository.head if revision in (None, "main") else revision,
+                "private": repository.private,
+                "siblings": siblings,
+                "tags": [],
+                "downloads": 0,
+                "likes": 0,
+            }
+        )
+
+    def tree(self, body: bytes, name: str, revision: str) -> None:
+        repository = self._repository(name)
+        files = repository.files(revision) if repository else None
+        if repository is None:
+            return
+        if files is None:
+            self._send(b'{"error": "Revision"}', 404, {"X-Error-Code": "RevisionNotFound"})
+            return
+        entries = []
+        for path, blob in files.items():
+            entry: dict[str, Any] = {
+                "type": "file",
+                "path": path,
+                "size": len(blob.content),
+                "oid": blob.git_id,
+            }
+            if blob.large:
+                size = len(blob.content)
+                entry["lfs"] = {"oid": blob.sha256, "size": size, "pointerSize": 130}
+            entries.append(entry)
+        self._json(entries)
+
+    def preupload(self, body: bytes, name: str, revision: str) -> None:
+        repository = self._repository(name)
+        if repository is None:
+            return
+        present = repository.files("main") or {}
+        answers = []
+        for file in json.loads(body)["files"]:
+            path = file["path"]
+            answer = {
+                "path": path,
+                "uploadMode": "lfs" if path.endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            if path in present:
+                answer["oid"] = present[path].etag
+            answers.append(answer)
+        self._json({"files": answers})
+
+    def lfs_batch(self, body: bytes, name: str) -> None:
+        objects = []
+        for entry in json.loads(body)["objects"]:
+            wanted: dict[str, Any] = {"oid": entry["oid"], "size": entry["size"]}
+            if entry["oid"] not in self.state.stored:
+                href = f"{self.state.endpoint}/lfs/{entry['oid']}"
+                wanted["actions"] = {"upload": {"href": href}}
+            objects.append(wanted)
+        self._json({"transfer": "basic", "objects": objects})
+
+    def _store(self, oid: str, body: bytes) -> None:
+        if hashlib.sha256(body).hexdigest() != oid:
+            self._json({"error": "content does not match its digest"}, 400)
+            return
+        self.state.stored[oid] = body
+        self._json({})
+
+    def commit(self, body: bytes, name: str, revision: str) -> None:
+        repository = self._repository(name)
+        if repository is None:
+            return
+        while self.state.before_commit:
+            self.state.before_commit.pop()(repository)
+        files = dict(repository.files("main") or {})
+        for line in body.splitlines():
+            operation = json.loads(line)
+            key, value = operation["key"], operation["value"]
+            if key == "header" and value.get("parentCommit") not in (None, repository.head):
+                self._json({"error": "A commit has happened since. Please refresh."}, 412)
+                return
+            if key == "file":
+                content = base64.b64decode(value["content"])
+                files[value["path"]] = Blob(content, large=False)
+            elif key == "lfsFile":
+                files[value["path"]] = Blob(self.state.stored[value["oid"]], large=True)
+            elif key == "deletedFile":
+                del files[value["path"]]
+        oid = repository.add_commit(files)
+        url = f"{self.state.endpoint}/{name}/commit/{oid}"
+        self._json({"success": True, "commitOid": oid, "commitUrl": url, "hookOutput": ""})
+
+    def resolve(self, body: bytes, name: str, revision: str, path: str) -> None:
+        repository = self._repository(name)
+        if repository is None:
+            return
+        commit = repository.head if revision == "main" else revision
+        blob = (repository.files(revision) or {}).get(path)
+        if blob is None:
+            headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": commit}
+            self._send(b"{}", 404, headers)
+            return
+        self._send(blob.content, 200, {"ETag": f'"{blob.etag}"', "X-Repo-Commit": commit})
+
+
+_ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+    ("POST", r"/api/repos/create", _Handler.create),
+    ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
+    ("GET", rf"/api/models/{_REPO}", _Handler.info),
+    ("GET", rf"/api/models/{_REPO}/revision/([^/]+)", _Handler.info),
+    ("GET", rf"/api/models/{_REPO}/tree/([^/]+)", _Handler.tree),
+    ("POST", rf"/api/models/{_REPO}/preupload/([^/]+)", _Handler.preupload),
+    ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
+    ("POST", rf"/api/models/{_REPO}/commit/([^/]+)", _Handler.commit),
+    ("GET HEAD", rf"/{_REPO}/resolve/([^/]+)/(.+)", _Handler.resolve),
+]

@@ -1,0 +1,90 @@
+"""Reading benchmark folders, and saying what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from grace_core.errors import GraceError
+from grace_core.evaluation.benchmarks import load_benchmark
+from grace_core.toy.world import write_benchmark
+
+GOOD = {
+    "id": "q1",
+    "kind": "mcq",
+    "question": "What colour is the circle?",
+    "choices": {"A": "red", "B": "blue"},
+    "answer": "B",
+    "category": "colour",
+    "image": "images/1.png",
+}
+
+
+def write(folder: Path, *lines: dict[str, Any] | str) -> Path:
+    folder.mkdir()
+    (folder / "images").mkdir()
+    Image.new("RGB", (2, 2)).save(folder / "images" / "1.png")
+    text = [line if isinstance(line, str) else json.dumps(line) for line in lines]
+    (folder / "items.jsonl").write_text("\n".join(text) + "\n", encoding="utf-8")
+    return folder
+
+
+def test_the_toy_benchmark_is_read(tmp_path: Path) -> None:
+    choice, yesno = write_benchmark(tmp_path, seed=1, choice_count=6, yesno_count=6)
+    first = load_benchmark(choice)
+    assert first.name == "toy-choice" and len(first.items) == 6
+    item = first.items[0]
+    assert item.choices is not None and item.answer in item.choices
+    assert item.prompt.startswith(item.question + "\nA. ")
+    assert item.image.is_file()
+    second = load_benchmark(yesno)
+    assert {each.answer for each in second.items} <= {"Yes", "No"}
+    assert all(each.choices is None for each in second.items)
+    assert second.first(2).items == second.items[:2]
+    assert second.first(None) == second
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"answer": "C"}, "none of the choices"),
+        ({"kind": "yesno"}, "no choices"),
+        ({"kind": "yesno", "choices": None, "answer": "yes"}, "Yes or No"),
+        ({"choices": None}, "needs choices"),
+        ({"choices": {"a": "red"}, "answer": "a"}, "single letters"),
+        ({"kind": "open"}, "kind"),
+        ({"image": "images/2.png"}, "does not exist"),
+        ({"image": "../secret.png"}, "outside"),
+        ({"image": "/etc/hostname"}, "outside"),
+        ({"hint": "x"}, "hint"),
+        ({"question": 3}, "question"),
+    ],
+)
+def test_a_bad_item_is_named_with_its_line(
+    change: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    folder = write(tmp_path / "bench", GOOD, "", {**GOOD, "id": "q2", **change})
+    with pytest.raises(GraceError, match=r"items\.jsonl:3: ") as caught:
+        load_benchmark(folder)
+    assert says in str(caught.value)
+
+
+def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
+    folder = write(tmp_path / "bench", "{not json", GOOD, GOOD, {"id": "x"})
+    with pytest.raises(GraceError) as caught:
+        load_benchmark(folder)
+    text = str(caught.value)
+    assert "items.jsonl:1: not JSON" in text
+    assert "items.jsonl:3: id 'q1' stands twice" in text
+    assert "items.jsonl:4: kind" in text
+
+
+def test_a_missing_or_empty_benchmark_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GraceError, match="does not exist"):
+        load_benchmark(tmp_path)
+    with pytest.raises(GraceError, match="no items"):
+        load_benchmark(write(tmp_path / "empty"))

@@ -1,0 +1,166 @@
+"""Scores with hand-counted answers, and the results table with the published figures."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from grace_core.errors import GraceError
+from grace_core.evaluation.benchmarks import Benchmark, Item, Kind
+from grace_core.evaluation.generate import Prediction
+from grace_core.evaluation.score import CategoryResult, score
+from grace_core.evaluation.table import Label, ResultRow, ResultsTable, results_table
+
+BENCHMARKS = ("HallB", "MMBench", "ScienceQA", "AI2D", "MMMU", "SEED", "MMStar")
+PUBLISHED: dict[Label, tuple[float, ...]] = {
+    "teacher": (61.1, 84.5, 85.0, 85.7, 69.6, 77.5, 70.9),
+    "baseline": (51.4, 78.4, 81.4, 76.9, 53.4, 71.2, 58.3),
+    "bf16": (66.9, 86.4, 86.2, 81.3, 72.1, 76.7, 67.3),
+    "w8": (66.1, 85.5, 85.3, 80.4, 71.3, 75.9, 66.5),
+    "w4": (65.4, 84.6, 84.3, 79.5, 70.5, 75.1, 65.8),
+}
+"""Accuracies in percent of the models published with the paper (Qwen3-VL 8B into 2B)."""
+
+PUBLISHED_AVERAGES = {"teacher": 76.3, "baseline": 67.3, "bf16": 76.7, "w8": 75.9, "w4": 75.0}
+
+
+def published_table() -> ResultsTable:
+    """The table of the paper's models, through the code that makes ours."""
+    return results_table(
+        [
+            ResultRow(label, dict(zip(BENCHMARKS, scores, strict=True)))
+            for label, scores in PUBLISHED.items()
+        ]
+    )
+
+
+CHOICES = {"A": "red", "B": "blue"}
+
+
+def item(name: str, answer: str, category: str) -> Item:
+    mcq = answer in CHOICES
+    kind: Kind = "mcq" if mcq else "yesno"
+    return Item(name, kind, "?", CHOICES if mcq else None, answer, category, Path("none"))
+
+
+BENCHMARK = Benchmark(
+    "b", (item("1", "A", "x"), item("2", "B", "x"), item("3", "Yes", "y"), item("4", "No", "y"))
+)
+
+
+def test_right_wrong_and_unreadable_answers_are_counted() -> None:
+    said = {"1": "The answer is A.", "2": "A", "3": "yes, it is", "4": "perhaps"}
+    result = score(BENCHMARK, [Prediction(name, text) for name, text in said.items()])
+    assert (result.total, result.answered, result.correct) == (4, 4, 2)
+    assert (result.parse_failures, result.errors, result.missing) == (1, 0, 0)
+    assert result.accuracy == 50.0
+    assert result.categories == {"x": CategoryResult(1, 2), "y": CategoryResult(1, 2)}
+    assert result.coverage == "4 of 4 answered, 1 unreadable"
+    assert json.loads(json.dumps(result.to_dict()))["accuracy"] == 50.0
+
+
+@pytest.mark.parametrize(
+    ("fourth", "errors", "missing"), [([Prediction("4", "", "OSError: gone")], 1, 0), ([], 0, 1)]
+)
+def test_no_headline_unless_every_item_was_answered(
+    fourth: list[Prediction], errors: int, missing: int
+) -> None:
+    first = [Prediction("1", "A"), Prediction("2", "B"), Prediction("3", "Yes")]
+    result = score(BENCHMARK, [*first, *fourth])
+    assert (result.answered, result.correct, result.errors) == (3, 3, errors)
+    assert result.missing == missing
+    assert result.parse_failures == 0, "an error is not an unreadable answer"
+    assert result.accuracy is None
+    assert result.coverage.startswith("3 of 4 answered, 1 ")
+
+
+def test_predictions_of_another_run_are_refused() -> None:
+    with pytest.raises(GraceError, match="'9' is of no item"):
+        score(BENCHMARK, [Prediction("9", "A")])
+    with pytest.raises(GraceError, match="'1' stands twice"):
+        score(BENCHMARK, [Prediction("1", "A"), Prediction("1", "B")])
+
+
+def test_published_averages_and_claims() -> None:
+    table = published_table()
+    rows = {row.label: row for row in table.rows}
+    assert {label: round(row.average or 0, 1) for label, row in rows.items()} == PUBLISHED_AVERAGES
+    assert round(table.gain(rows["bf16"]) or 0, 1) == 9.4
+    assert round(table.kept(rows["w4"]) or 0) == 98
+    assert table.kept(rows["bf16"]) is None and table.kept(rows["teacher"]) is None
+
+
+def test_the_table_as_markdown() -> None:
+    lines = published_table().to_markdown().splitlines()
+    assert lines[0].split(" | ")[1:-3] == list(BENCHMARKS)
+    assert lines[2] == (
+        "| Teacher | 61.1 | 84.5 | 85.0 | 85.7 | 69.6 | 77.5 | 70.9 | 76.3 | +9.0 | – |"
+    )
+    # As published: the best 2B model of every column, hence not the teacher, is in bold.
+    assert lines[4] == (
+        "| GRACE BF16 | **66.9** | **86.4** | **86.2** | **81.3** | **72.1** | **76.7** "
+        "| **67.3** | **76.7** | +9.4 | – |"
+    )
+    assert lines[6].endswith("| 75.0 | +7.7 | 97.8 % |")
+    assert len({line.count("|") for line in lines}) == 1
+
+
+def test_the_table_as_data_keeps_full_precision() -> None:
+    rows = json.loads(json.dumps(published_table().to_dict()))["rows"]
+    assert set(rows) == {"teacher", "baseline", "bf16", "w8", "w4"}
+    for label, scores in PUBLISHED.items():
+        assert [rows[label][name] for name in BENCHMARKS] == list(scores)
+        assert rows[label]["average"] == pytest.approx(sum(scores) / 7, abs=1e-12)
+
+
+def test_the_table_in_a_terminal() -> None:
+    console = Console(width=160, record=True, file=io.StringIO())
+    console.print(published_table().to_rich())
+    text = console.export_text()
+    assert "GRACE W4G128" in text and "97.8 %" in text and "+9.4" in text
+
+
+def test_held_out_loss_stands_beside_and_is_not_averaged() -> None:
+    table = results_table(
+        [
+            ResultRow("bf16", {"a": 80.0, "b": 60.0}, held_out_loss=1.2345),
+            ResultRow("baseline", {"b": 50.0, "a": 50.0}),
+        ]
+    )
+    assert [row.label for row in table.rows] == ["baseline", "bf16"]
+    assert table.to_dict()["rows"]["bf16"] == {
+        "b": 60.0,
+        "a": 80.0,
+        "average": 70.0,
+        "held_out_loss": 1.2345,
+    }
+    assert "held_out_loss" not in table.to_dict()["rows"]["baseline"]
+    assert table.to_markdown().splitlines()[-1].endswith("| 1.234 |")
+
+
+def test_an_incomplete_row_has_no_average_and_no_gain() -> None:
+    table = results_table(
+        [
+            ResultRow("baseline", {"a": 50.0, "b": 50.0}),
+            ResultRow("bf16", {"a": 60.0, "b": None}),
+            ResultRow("w4", {"a": 60.0, "b": 60.0}),
+        ]
+    )
+    bf16, w4 = table.rows[1:]
+    assert bf16.average is None and table.gain(bf16) is None
+    assert table.kept(w4) is None and table.gain(w4) == 10.0
+    assert "| GRACE BF16 | **60.0** | – | – | – | – |" in table.to_markdown()
+    assert table.to_dict()["rows"]["bf16"]["average"] is None
+
+
+def test_rows_that_cannot_be_compared_are_refused() -> None:
+    with pytest.raises(GraceError, match="same benchmarks"):
+        results_table([ResultRow("bf16", {"a": 1.0}), ResultRow("w4", {"b": 1.0})])
+    with pytest.raises(GraceError, match="share a label"):
+        results_table([ResultRow("bf16", {"a": 1.0}), ResultRow("bf16", {"a": 2.0})])
+    with pytest.raises(GraceError, match="no row"):
+        results_table([])

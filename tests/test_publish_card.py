@@ -1,0 +1,161 @@
+"""The model card: what the Hub reads from it, and what people read in it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from typing import Literal
+
+import pytest
+from huggingface_hub import ModelCard
+
+from grace_core.errors import GraceError
+from grace_core.export.card import (
+    Lineage,
+    Precision,
+    Quantization,
+    Release,
+    ZooEntry,
+    model_card,
+    release_manifest,
+)
+from tests.test_evaluation_score import BENCHMARKS, PUBLISHED, published_table
+
+OWNER = "grace-lab"
+NAMES: dict[Precision, str] = {
+    "bf16": f"{OWNER}/Qwen3-VL-2B-GRACE-BF16",
+    "w8": f"{OWNER}/Qwen3-VL-2B-GRACE-W8G128",
+    "w4": f"{OWNER}/Qwen3-VL-2B-GRACE-W4G128",
+}
+STUDENT, TEACHER = "Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"
+
+
+def release(precision: Precision, dataset: str = "Lin-Chen/ShareGPT4V") -> Release:
+    bits: dict[str, Literal[4, 8]] = {"w8": 8, "w4": 4}
+    quantized = precision != "bf16"
+    return Release(
+        repository=NAMES[precision],
+        precision=precision,
+        base_model=NAMES["bf16"] if quantized else STUDENT,
+        backbone=STUDENT,
+        teacher=TEACHER,
+        dataset=dataset,
+        licence="apache-2.0",
+        zoo=[ZooEntry(name, STUDENT, key, f"the {key} release") for key, name in NAMES.items()],
+        training={"Optimizer steps": 1000, "Learning rate": 1e-5, "ZeRO stage": "2 | 3"},
+        files=["model.safetensors", "config.json"],
+        lineage=Lineage(
+            data="ShareGPT4V",
+            data_digest="d" * 64,
+            records={"used": 101_000, "quarantined": 1_025},
+            teacher=TEACHER,
+            teacher_digest="t" * 64,
+            parent="the student's checkpoint",
+            parent_digest="p" * 64,
+            config_digest="c" * 64,
+            code={"version": "1.0", "commit": "abc"},
+        ),
+        quantization=Quantization(bits[precision], 128, 196) if quantized else None,
+    )
+
+
+def card_of(precision: Precision, dataset: str = "Lin-Chen/ShareGPT4V") -> str:
+    table = published_table()
+    return model_card(
+        release(precision, dataset),
+        scores=dict(zip(BENCHMARKS, PUBLISHED[precision], strict=True)),
+        results_markdown=table.to_markdown(),
+    )
+
+
+@pytest.mark.parametrize("precision", ["bf16", "w8", "w4"])
+def test_the_hub_reads_base_model_licence_data_and_results(
+    precision: Precision,
+) -> None:
+    data = ModelCard(card_of(precision)).data.to_dict()
+    quantized = precision != "bf16"
+    assert data["base_model"] == (NAMES["bf16"] if quantized else STUDENT)
+    assert data["base_model_relation"] == ("quantized" if quantized else "finetune")
+    assert data["datasets"] == ["Lin-Chen/ShareGPT4V"]
+    assert data["license"] == "apache-2.0"
+    assert data["pipeline_tag"] == "image-text-to-text"
+    assert data["library_name"] == "transformers"
+    tags = set(data["tags"])
+    assert "distillation" in tags
+    assert tags >= {"compressed-tensors", f"{precision}a16", "qat", "lsq"} or not quantized
+    assert not (tags & {"compressed-tensors", "w4a16", "qat", "lsq"}) or quantized
+    (index,) = data["model-index"]
+    assert index["name"] == NAMES[precision].split("/")[1]
+    found = {each["dataset"]["name"]: each["metrics"][0]["value"] for each in index["results"]}
+    assert found == dict(zip(BENCHMARKS, PUBLISHED[precision], strict=True))
+
+
+def test_the_published_figures_stand_in_the_results() -> None:
+    text = ModelCard(card_of("w4")).text
+    rows = [line for line in text.splitlines() if line.startswith("| GRACE W4G128 |")]
+    shown = [cell.strip() for cell in rows[0].split("|")[2:9]]
+    assert shown == [f"{value:.1f}" for value in PUBLISHED["w4"]]
+    for title in ("Teacher", "Baseline", "GRACE BF16", "GRACE W8G128"):
+        assert f"\n| {title} |" in text
+
+
+def test_every_section_is_there() -> None:
+    text = card_of("w4")
+    titles = [line.removeprefix("## ") for line in text.splitlines() if line.startswith("## ")]
+    assert titles == [
+        "Model details",
+        "Results",
+        "Model zoo",
+        "Training details",
+        "Quantization details",
+        "Files",
+        "Loading",
+        "Limitations",
+        "Licence",
+        "Lineage",
+        "Citation",
+    ]
+    assert "Quantization details" not in card_of("bf16")
+    assert "codes from -8 to 7" in text and "codes from -128 to 127" in card_of("w8")
+    assert "`model.safetensors`" in text and "101,000 used, 1,025 quarantined" in text
+    assert "2 \\| 3" in text, "a bar inside a value would break the table"
+
+
+def test_the_loading_code_is_safe_and_complete() -> None:
+    text = card_of("w4")
+    assert "trust_remote_code" not in text
+    assert f'source = "{NAMES["w4"]}"' in text
+    for block in text.split("```python\n")[1:]:
+        compile(block.split("```")[0], "card", "exec")
+
+
+def test_data_that_is_not_for_commerce_is_pointed_out() -> None:
+    assert "CC BY-NC 4.0" in card_of("bf16")
+    assert "CC BY-NC" not in card_of("bf16", dataset="grace-pipeline/toy-world")
+
+
+def test_the_manifest_holds_the_lineage() -> None:
+    manifest = json.loads(release_manifest(release("w4"), scores={"A": 1.5, "B": None}))
+    assert manifest["lineage"]["data"] == {
+        "name": "ShareGPT4V",
+        "digest": "d" * 64,
+        "counts": {"used": 101_000, "quarantined": 1_025},
+    }
+    assert manifest["lineage"]["parent"]["digest"] == "p" * 64
+    assert manifest["quantization"] == {"bits": 4, "group_size": 128, "layers": 196}
+    assert manifest["scores"] == {"A": 1.5, "B": None}
+
+
+def test_scores_that_are_missing_are_left_out_of_the_metadata() -> None:
+    text = model_card(release("bf16"), scores={"A": None, "B": 50.0}, results_markdown="")
+    (index,) = ModelCard(text).data.to_dict()["model-index"]
+    assert [each["dataset"]["name"] for each in index["results"]] == ["B"]
+    bare = model_card(release("bf16"), scores={"A": None}, results_markdown="")
+    assert "model-index" not in ModelCard(bare).data.to_dict()
+
+
+def test_precision_and_quantization_must_agree() -> None:
+    with pytest.raises(GraceError, match="needs quantization details"):
+        replace(release("w4"), quantization=None)
+    with pytest.raises(GraceError, match="has no quantization details"):
+        replace(release("bf16"), quantization=Quantization(4, 128, 1))
