@@ -257,6 +257,12 @@ def digest_folder(folder: Path) -> str:
     return _digest_of(_hash_files(folder))
 
 
+def sha256_of(file: Path) -> str:
+    """SHA-256 (hex) of one file."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
 def code_version() -> dict[str, str]:
     """The package's version and, in a checkout, its commit (with `-dirty` where it applies)."""
     code = {"version": grace_core.__version__}
@@ -288,10 +294,8 @@ def _hash_files(folder: Path) -> dict[str, FileEntry]:
     entries: dict[str, FileEntry] = {}
     for file in sorted(folder.rglob("*")):
         if file.is_file() and file != folder / MANIFEST:
-            with file.open("rb") as stream:
-                sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
             entries[file.relative_to(folder).as_posix()] = FileEntry(
-                sha256=sha256, size=file.stat().st_size
+                sha256=sha256_of(file), size=file.stat().st_size
             )
     return entries
 

@@ -208,6 +208,33 @@ def test_held_out_records_depend_on_seed_and_index_alone(tmp_path: Path) -> None
     assert held_out("none", records, held_out_share=0.0) == set()
 
 
+def test_records_of_one_picture_stay_on_one_side(tmp_path: Path) -> None:
+    for number in range(12):
+        Image.new("RGB", (64, 64), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
+    records = [
+        RawRecord(
+            index,
+            "records.json",
+            {
+                "id": f"r{index}",
+                "image": f"{index % 12}.png",
+                "conversations": [
+                    {"from": "human", "value": f"<image>\nQuestion {index}?"},
+                    {"from": "gpt", "value": "Answer."},
+                ],
+            },
+        )
+        for index in range(36)
+    ]
+    (tmp_path / "out").mkdir()
+    run(records, tmp_path, tmp_path / "out", held_out_share=0.4)
+    sides = [
+        {row["images"][0] for row in rows_of(tmp_path / "out" / side)}
+        for side in ("train", "held_out")
+    ]
+    assert sides[0] and sides[1] and not sides[0] & sides[1]
+
+
 def test_nothing_held_out_is_still_a_data_set(tmp_path: Path) -> None:
     run(text_records(3), tmp_path, tmp_path / "out")
     empty = load_from_disk(str(tmp_path / "out" / "held_out"))

@@ -94,8 +94,9 @@ def prepare(
 ) -> PreparationReport:
     """Write `out/train` and `out/held_out` (`datasets.load_from_disk`) and `out/quarantine.jsonl`.
 
-    A record goes to `held_out` by a hash of `seed` and its index, whatever else is in the data. Two
-    elements that are equal as JSON, id included, are one record: the later is quarantined. A record
+    A record goes to `held_out` by a hash of `seed` and its first picture's path (its index without
+    one), whatever else is in the data: records of one picture stay on one side. Two elements that
+    are equal as JSON, id included, are one record: the later is quarantined. A record
     of more than `max_tokens` tokens is quarantined and never cut, since a cut could part a picture
     from its text.
 
@@ -142,7 +143,7 @@ def prepare(
                 reasons[error.reason.value] += 1
                 quarantine.write(json.dumps(_quarantine_entry(raw, error)) + "\n")
             else:
-                is_held_out = _draw(seed, raw.index) < held_out_share
+                is_held_out = _draw(seed, _drawn_by(raw.index, record)) < held_out_share
                 (held_out if is_held_out else train).write(row)
                 counts["used"] += 1
                 counts["held_out"] += is_held_out
@@ -221,9 +222,14 @@ def _quarantine_entry(raw: RawRecord, error: UnusableRecord) -> dict[str, Any]:
     }
 
 
-def _draw(seed: int, index: int) -> float:
+def _drawn_by(index: int, record: Record) -> str:
+    """What decides on which side a record falls: its first picture, or its index without one."""
+    return record.images[0] if record.images else f"#{index}"
+
+
+def _draw(seed: int, key: str) -> float:
     """A number in [0, 1) that depends on nothing but its arguments."""
-    digest = hashlib.sha256(f"{seed}:{index}".encode("ascii")).digest()
+    digest = hashlib.sha256(f"{seed}:{key}".encode(errors="surrogatepass")).digest()
     # 53 bits: every value is a float exactly, and none rounds up to 1.
     return (int.from_bytes(digest[:8], "big") >> 11) / (1 << 53)
 

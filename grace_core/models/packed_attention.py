@@ -43,6 +43,11 @@ def packed_attention(
     assert sample_lengths is not None, "packed attention needs `sample_lengths`"
     assert query.shape[0] == 1 and sum(sample_lengths) == query.shape[2]
     kwargs.pop("is_causal", None)
+    dtype = query.dtype
+    if query.device.type == "cpu" and dtype == torch.bfloat16 and query.requires_grad:
+        # torch's bf16 attention backward takes three times as long as its fp32 one on a CPU
+        # (16.1 against 5.1 ms for 12 samples of 85 tokens, 4 heads of 32, one thread).
+        query, key, value = query.float(), key.float(), value.float()
     outputs = [
         sdpa_attention_forward(module, q, k, v, None, is_causal=True, **kwargs)[0]
         for q, k, v in zip(
@@ -52,7 +57,7 @@ def packed_attention(
             strict=True,
         )
     ]
-    return torch.cat(outputs, dim=1), None
+    return torch.cat(outputs, dim=1).to(dtype), None
 
 
 AttentionInterface.register(PACKED, packed_attention)

@@ -30,8 +30,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from grace_core.artifacts import sha256_of
 from grace_core.quantization.scales import ScaleBank
-from grace_core.training.saved import STATE_FILE, STEP_PREFIX, Layout, Saved, sha256_of
+from grace_core.training.saved import STATE_FILE, STEP_PREFIX, Layout, Saved
 
 _BYTES_A_WEIGHT = 2 + 4 + 4 + 4
 """bf16 weight, fp32 master weight, two fp32 moments."""

@@ -5,7 +5,6 @@ No torch in here, so that whoever starts a training can look before anything hea
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grace_core.artifacts import sha256_of
 from grace_core.errors import GraceError
 
 log = logging.getLogger(__name__)
@@ -76,9 +76,3 @@ def _read_state(path: Path) -> dict[str, Any] | None:
         log.warning("%s is damaged (%s); passed over for the one before", path, ", ".join(damaged))
         return None
     return state
-
-
-def sha256_of(file: Path) -> str:
-    """SHA-256 (hex) of a file."""
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

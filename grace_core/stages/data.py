@@ -1,0 +1,139 @@
+"""Stages `world`, `benchmarks` and `data`: from pictures and conversations to samples."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+from grace_core.artifacts import Artifact, ArtifactWriter, Parent, fingerprint, sha256_of
+from grace_core.config.load import require_environment
+from grace_core.config.model import GraceConfig, ShareGPT4VData, ToyData
+from grace_core.data.prepare import PreparationReport, prepare
+from grace_core.data.sharegpt4v import read_records
+from grace_core.errors import GraceError
+from grace_core.models.loading import (
+    CheckpointFolder,
+    check_pair,
+    load_image_processor,
+    load_tokenizer,
+    locate_checkpoint,
+)
+from grace_core.models.visual_inputs import VisualInputs
+from grace_core.stages.once import StageContext, once, progress
+from grace_core.toy.world import write_benchmark, write_training_set
+
+BENCHMARK_SEED = 1
+"""The toy benchmark is the same for every run, whatever the run's own seed."""
+
+
+def generate_world(config: GraceConfig, context: StageContext) -> Artifact:
+    """Stage `world`: generated pictures and conversations in ShareGPT4V's schema."""
+    source = config.data.source
+    assert isinstance(source, ToyData), "only toy data are generated"
+    section = {**source.model_dump(mode="json"), "seed": config.seed}
+
+    def make(writer: ArtifactWriter) -> None:
+        write_training_set(
+            writer.path,
+            count=source.records,
+            seed=config.seed,
+            wrong_answer_share=source.wrong_answer_share,
+        )
+
+    return once(config, "world", section, {}, make)
+
+
+def generate_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
+    """Stage `benchmarks`: the held-out toy benchmark, the same for every run."""
+    section = {"seed": BENCHMARK_SEED}
+
+    def make(writer: ArtifactWriter) -> None:
+        write_benchmark(writer.path, seed=BENCHMARK_SEED)
+
+    return once(config, "benchmarks", section, {}, make)
+
+
+def prepare_data(config: GraceConfig, context: StageContext) -> Artifact:
+    """Stage `data`: conversations and pictures as tokenized samples, bad records in quarantine."""
+    student = locate_checkpoint(config.models.student)
+    check_pair(locate_checkpoint(config.models.teacher), student)
+    data = config.data
+    parents = {"tokenizer": _tokenizer_parent(student)}
+    if isinstance(data.source, ShareGPT4VData):
+        root, files = _sharegpt4v_files(data.source)
+        parents["annotations"] = _annotations_parent(files)
+        limit = data.source.limit
+    else:
+        world = generate_world(config, context)
+        root, files, limit = world.path, [world.path / "train.json"], None
+        parents["world"] = world.as_parent()
+    section = {**data.model_dump(mode="json"), "seed": config.seed}
+
+    def make(writer: ArtifactWriter) -> None:
+        visual = VisualInputs(student, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
+
+        def report(counts: PreparationReport) -> None:
+            context.on_event(progress("data", counts.records, _counts(counts)))
+
+        counts = prepare(
+            islice(read_records(files), limit),
+            root=root,
+            tokenizer=load_tokenizer(student.path),
+            image_token_id=student.image_token_id,
+            picture_tokens=visual.grid_and_tokens,
+            max_tokens=data.max_tokens,
+            max_decoded_pixels=data.max_decoded_pixels,
+            held_out_share=data.held_out_share,
+            seed=config.seed,
+            out=writer.path,
+            on_progress=report,
+        )
+        writer.metrics |= _counts(counts)
+        writer.facts["quarantined"] = counts.reasons
+
+    return once(config, "data", section, parents, make)
+
+
+def _tokenizer_parent(folder: CheckpointFolder) -> Parent:
+    """What of a checkpoint decides how records become tokens: its small files, not its weights."""
+    tokenizer, processor = load_tokenizer(folder.path), load_image_processor(folder.path)
+    facts = {
+        "vocabulary": tokenizer.get_vocab(),
+        "template": tokenizer.get_chat_template(),
+        "processor": json.loads(processor.to_json_string()),
+        "image_token_id": folder.image_token_id,
+        "family": folder.family.model_type,
+    }
+    return Parent(
+        kind="tokenizer",
+        path=str(folder.path),
+        digest=fingerprint("tokenizer", facts, {}),
+        revision=folder.revision,
+    )
+
+
+def _sharegpt4v_files(source: ShareGPT4VData) -> tuple[Path, list[Path]]:
+    require_environment(source.root, "data.source.root")
+    root = Path(source.root).expanduser()
+    files = [root / name for name in source.annotations]
+    missing = [str(path) for path in (root, *files) if not path.exists()]
+    if missing:
+        raise GraceError(
+            "data.source: not found: " + ", ".join(missing) + "; set data.source.root (or "
+            "GRACE_DATA_ROOT) to the folder that holds the annotation files and pictures"
+        )
+    return root, files
+
+
+def _annotations_parent(files: list[Path]) -> Parent:
+    digests = {str(number): sha256_of(file) for number, file in enumerate(files)}
+    return Parent(
+        kind="annotations",
+        path=", ".join(str(file) for file in files),
+        digest=fingerprint("annotations", digests, {}),
+    )
+
+
+def _counts(counts: PreparationReport) -> dict[str, float]:
+    return {name: float(value) for name, value in vars(counts).items() if isinstance(value, int)}

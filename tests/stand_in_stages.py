@@ -1,0 +1,157 @@
+"""Stages that leave real artifacts within milliseconds, for tests of what surrounds them.
+
+Fingerprints, parents and roles are those of `grace_core.stages`; only the work is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from grace_core import stages
+from grace_core.artifacts import Artifact, Parent, find_artifact, fingerprint, new_artifact
+from grace_core.config import GraceConfig
+from grace_core.events import Event, EventWriter
+from grace_core.stages import StageContext
+
+STEPS = 3
+
+
+class StandIns:
+    """One method a stage; `made` lists the stages that had to work, in order."""
+
+    def __init__(self) -> None:
+        self.made: list[str] = []
+        self.fail_at: str | None = None
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in (
+            *("generate_world", "prepare_data", "fit_teacher", "distill", "quantize"),
+            *("release", "evaluate", "publish"),
+        ):
+            monkeypatch.setattr(stages, name, getattr(self, name))
+
+    def generate_world(self, config: GraceConfig, context: StageContext) -> Artifact:
+        section = config.data.source.model_dump(mode="json")
+        return self._once(config, context, "world", section, {})
+
+    def prepare_data(self, config: GraceConfig, context: StageContext) -> Artifact:
+        parents = {"world": self.generate_world(config, context).as_parent()}
+        section = config.data.model_dump(mode="json")
+        return self._once(config, context, "data", section, parents, metrics={"records": 5.0})
+
+    def fit_teacher(self, config: GraceConfig, data: Artifact, context: StageContext) -> Artifact:
+        assert config.teacher_fit is not None
+        parents = {"start": checkpoint(config.models.teacher.path), "data": data.as_parent()}
+        section = config.teacher_fit.model_dump(mode="json")
+        return self._once(config, context, "teacher", section, parents, steps=STEPS)
+
+    def distill(
+        self, config: GraceConfig, data: Artifact, teacher: Artifact | None, context: StageContext
+    ) -> Artifact:
+        parents = {
+            "student": checkpoint(config.models.student.path),
+            "data": data.as_parent(),
+            "teacher": _teacher(config, teacher),
+        }
+        section = config.distill.model_dump(mode="json")
+        return self._once(config, context, "bf16", section, parents, steps=STEPS)
+
+    def quantize(
+        self,
+        config: GraceConfig,
+        precision: str,
+        data: Artifact,
+        teacher: Artifact | None,
+        bf16: Artifact,
+        context: StageContext,
+    ) -> Artifact:
+        parents = {
+            "student": bf16.as_parent(),
+            "data": data.as_parent(),
+            "teacher": _teacher(config, teacher),
+        }
+        section = config.quantize.model_dump(mode="json", exclude={"variants"})
+        return self._once(config, context, precision, section, parents, steps=STEPS)
+
+    def release(self, config: GraceConfig, model: Artifact, context: StageContext) -> Artifact:
+        stage = f"release-{model.manifest.stage}"
+        return self._once(config, context, stage, {}, {"model": model.as_parent()})
+
+    def evaluate(
+        self, config: GraceConfig, label: str, model: Artifact | None, context: StageContext
+    ) -> Artifact:
+        sources = {"teacher": config.models.teacher, "baseline": config.models.student}
+        parent = model.as_parent() if model else checkpoint(sources[label].path)
+        benchmarks = self._once(config, context, "benchmarks", {}, {})
+        return self._once(
+            config,
+            context,
+            f"evaluate-{label}",
+            config.evaluation.model_dump(mode="json"),
+            {"model": parent, "benchmarks": benchmarks.as_parent()},
+            metrics={"toy-choice": 75.0},
+        )
+
+    def publish(
+        self,
+        config: GraceConfig,
+        releases: Mapping[str, Artifact],
+        evaluations: Mapping[str, Artifact],
+        context: StageContext,
+    ) -> Artifact:
+        parents = {f"release-{label}": item.as_parent() for label, item in releases.items()}
+        parents |= {f"evaluate-{label}": item.as_parent() for label, item in evaluations.items()}
+        rows = {label: {**e.manifest.metrics, "average": 75.0} for label, e in evaluations.items()}
+        results = {"rows": rows, "releases": {}, "seconds": {}}
+        files = {"results.json": json.dumps(results), "table.md": "| Model |\n|---|\n"}
+        section = config.publish.model_dump(mode="json")
+        return self._once(config, context, "publish", section, parents, files=files)
+
+    def _once(
+        self,
+        config: GraceConfig,
+        context: StageContext,
+        stage: str,
+        section: Mapping[str, Any],
+        parents: Mapping[str, Parent],
+        *,
+        steps: int = 0,
+        metrics: Mapping[str, float] | None = None,
+        files: Mapping[str, str] | None = None,
+    ) -> Artifact:
+        key = fingerprint(stage, section, parents)
+        folder = config.run_dir / "artifacts" / f"{stage}-{key[:12]}"
+        found = find_artifact(folder)
+        if found is not None:
+            return found
+        self.made.append(stage)
+        events = EventWriter(config.run_dir / "work" / folder.name / "metrics.jsonl")
+        with new_artifact(folder, stage, section, parents) as writer, events:
+            for step in range(1, steps + 1):
+                event = Event(time.time(), stage, step, "train", {"loss": 1.0 / step})
+                events.write(event)
+                context.on_event(event)
+            if stage == self.fail_at:
+                raise ValueError(f"{stage} went wrong")
+            for name, text in ({"content": key} | dict(files or {})).items():
+                (writer.path / name).write_text(text, encoding="utf-8")
+            writer.metrics.update(metrics or {})
+        made = find_artifact(folder)
+        assert made is not None
+        return made
+
+
+def checkpoint(path: str) -> Parent:
+    """A checkpoint from outside."""
+    return Parent(
+        kind="checkpoint", path=path, digest=fingerprint("checkpoint", {"path": path}, {})
+    )
+
+
+def _teacher(config: GraceConfig, fitted: Artifact | None) -> Parent:
+    return fitted.as_parent() if fitted else checkpoint(config.models.teacher.path)

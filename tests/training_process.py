@@ -1,0 +1,210 @@
+"""Several small trainings one after the other in one process group: each start costs seconds.
+
+    torchrun --standalone --nproc-per-node 2 -m tests.training_process CASES.json OUT
+
+CASES.json is a list of {"name", "do", "job", ...}; `do` names one of the functions in `ACTIONS`.
+Each case leaves OUT/<name>.json and, where it has tensors to show, OUT/<name>.safetensors. What a
+case raises is left as {"error": [type, text]}; it must be raised by all ranks alike, or they hang.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+from torch import Tensor
+from torch import distributed as dist
+
+from grace_core.training import loop
+from grace_core.training.checkpoint import unique_parameters, whole_weights
+from grace_core.training.job import TrainingJob
+from grace_core.training.loop import Trainer
+from grace_core.training.stopping import StopSignal
+
+CPU = torch.device("cpu")
+Outcome = tuple[dict[str, Any], dict[str, Tensor]]
+
+
+def first_step(case: dict[str, Any], job: TrainingJob) -> Outcome:
+    """One optimizer step: what DeepSpeed made of the model, what was measured, and the gradients."""
+    trainer = Trainer(job, CPU)
+    facts = _facts(trainer)
+    gradients: dict[str, Tensor] = {}
+    step = trainer.engine.step
+
+    def look_then_step() -> None:
+        if trainer.engine.is_gradient_accumulation_boundary():
+            for name, parameter in unique_parameters(trainer.student.model):
+                if parameter.requires_grad:
+                    gradient = safe_get_full_grad(parameter)
+                    gradients[name] = gradient.detach().float().clone()
+        step()
+
+    trainer.engine.step = look_then_step
+    rows = next(iter_rows(trainer))
+    theta = None if trainer.bank is None else trainer.bank.flat.detach().clone()
+    report = trainer.optimizer_step(rows)
+    tensors = {f"weight.{name}": value for name, value in gradients.items()}
+    if trainer.bank is not None:
+        tensors |= {"theta.before": theta, "theta.after": trainer.bank.flat.detach().clone()}
+        tensors["theta.gradient"] = trainer.bank.flat.grad.clone()
+    pictures = [len(row.visual_spans) for row in rows]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, {"pictures": pictures, **facts})
+    report_of_all: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(report_of_all, vars(report))
+    return {"ranks": everyone, "reports": report_of_all, "beta": trainer.controller.beta}, tensors
+
+
+def iter_rows(trainer: Trainer) -> Any:
+    """This rank's rows, a list for each optimizer step."""
+    rows = iter(trainer._rows())
+    while True:
+        yield [next(rows) for _ in range(trainer._rows_per_process)]
+
+
+def _facts(trainer: Trainer) -> dict[str, Any]:
+    model = trainer.student.model
+    parameters = dict(unique_parameters(model))
+    buffers = {name: str(b.dtype) for name, b in model.named_buffers() if "inv_freq" in name}
+    facts: dict[str, Any] = {
+        "weight_dtypes": sorted({str(p.dtype) for p in parameters.values()}),
+        "rotary_dtypes": buffers,
+        "sizes": {name: p.numel() for name, p in parameters.items()},
+        "state_dict": sorted(trainer.engine.module.state_dict()),
+        "engine": {
+            "train_batch_size": trainer.engine.train_batch_size(),
+            "accumulation": trainer.engine.gradient_accumulation_steps(),
+            "stage": trainer.engine.zero_optimization_stage(),
+        },
+        "teacher": trainer.teacher is not None,
+        "optimizer_state": len(trainer.engine.basic_optimizer.state),
+    }
+    if hasattr(next(iter(parameters.values())), "ds_id"):
+        facts["whole_sizes"] = {name: p.ds_numel for name, p in parameters.items()}
+        facts["shard_sizes"] = {name: p.ds_tensor.numel() for name, p in parameters.items()}
+    if trainer.bank is not None:
+        bank = trainer.bank
+        pointer = bank.flat.data_ptr()
+        facts["theta"] = {
+            "dtype": str(bank.flat.dtype),
+            "leaf_dtypes": sorted({str(bank.layer(name).dtype) for name in bank}),
+            "module_dtypes": sorted(
+                {str(model.get_submodule(name).theta.dtype) for name in bank},
+            ),
+            "leaves_share_storage": all(
+                model.get_submodule(name).theta is bank.layer(name)
+                and bank.layer(name).untyped_storage().data_ptr()
+                == bank.flat.untyped_storage().data_ptr()
+                for name in bank
+            ),
+            "layers": list(bank),
+            "in_parameters": any(p.data_ptr() == pointer for p in parameters.values()),
+        }
+    return facts
+
+
+def train(case: dict[str, Any], job: TrainingJob) -> Outcome:
+    """The whole job; with `sigterm_after`, rank 1 alone is told to stop during that step."""
+    stop = StopSignal()
+    stop.listen()
+    told_after = case.get("sigterm_after")
+    report_step = Trainer.optimizer_step
+
+    def step_and_signal(trainer: Trainer, rows: Any) -> Any:
+        report = report_step(trainer, rows)
+        if trainer.step == told_after and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return report
+
+    Trainer.optimizer_step = step_and_signal  # type: ignore[method-assign]
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
+    loop.log.addHandler(handler)
+    try:
+        finished = loop.train(job, CPU, stop)
+    finally:
+        Trainer.optimizer_step = report_step  # type: ignore[method-assign]
+        loop.log.removeHandler(handler)
+    return {"finished": finished, "log": records}, {}
+
+
+def save_and_reload(case: dict[str, Any], job: TrainingJob) -> Outcome:
+    """Two steps and a checkpoint, then a new trainer from it: every tensor it goes on with."""
+    trainer = Trainer(job, CPU)
+    rows = iter_rows(trainer)
+    for _ in range(2):
+        trainer.optimizer_step(next(rows))
+    trainer.save()
+    before = _whole_state(trainer)
+    again = Trainer(job, CPU)
+    after = _whole_state(again)
+    differing = [name for name in before if not torch.equal(before[name], after[name])]
+    facts = {
+        "step": again.step,
+        "compared": len(before),
+        "only_once": sorted(before.keys() ^ after.keys()),
+        "differing": differing,
+        "controllers": [trainer.controller.state_dict(), again.controller.state_dict()],
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, facts)
+    return {"ranks": everyone}, {}
+
+
+def _whole_state(trainer: Trainer) -> dict[str, Tensor]:
+    state = {f"weight.{name}": value for name, value in whole_weights(trainer.student.model).items()}
+    for number, (key, entries) in enumerate(trainer.engine.basic_optimizer.state.items()):
+        state[f"master.{number}"] = key.detach().clone()
+        for name, value in entries.items():
+            state[f"optimizer.{number}.{name}"] = torch.as_tensor(value).clone()
+    if trainer.bank is not None:
+        state["theta"] = trainer.bank.flat.detach().clone()
+        for name, value in trainer.scale_optimizer.state[trainer.bank.flat].items():
+            state[f"theta.{name}"] = torch.as_tensor(value).clone()
+    return state
+
+
+ACTIONS: dict[str, Callable[[dict[str, Any], TrainingJob], Outcome]] = {
+    "first_step": first_step,
+    "train": train,
+    "save_and_reload": save_and_reload,
+}
+
+
+def main(cases: Path, out: Path) -> None:
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    dist.init_process_group("gloo")
+    for case in json.loads(cases.read_text(encoding="utf-8")):
+        started = time.monotonic()
+        tensors: dict[str, Tensor] = {}
+        try:
+            found, tensors = ACTIONS[case["do"]](case, TrainingJob.model_validate(case["job"]))
+        except Exception as error:
+            traceback.print_exc()
+            found = {"error": [type(error).__name__, str(error)]}
+        if dist.get_rank() == 0:
+            if tensors:
+                save_file(tensors, out / f"{case['name']}.safetensors")
+            found["seconds"] = time.monotonic() - started
+            (out / f"{case['name']}.json").write_text(json.dumps(found), encoding="utf-8")
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
