@@ -226,7 +226,6 @@ def test_records_of_one_picture_stay_on_one_side(tmp_path: Path) -> None:
         )
         for index in range(36)
     ]
-    (tmp_path / "out").mkdir()
     run(records, tmp_path, tmp_path / "out", held_out_share=0.4)
     sides = [
         {row["images"][0] for row in rows_of(tmp_path / "out" / side)}

@@ -1,0 +1,105 @@
+# GRACE: every command a newcomer needs. `make help` lists them.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+CONFIG ?= configs/toy.yaml
+VENV ?= .venv
+# More options for pip. Without a GPU, the small build of torch comes with
+#   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+PIP_ARGS ?=
+# More options for pytest, such as ARGS="-k quantization -x".
+ARGS ?=
+
+PY := $(VENV)/bin/python
+# Compilers and ninja are looked up by name when DeepSpeed builds its operator.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+# An environment is up to date when it was made from these very files.
+INSTALLED := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
+
+.PHONY: help
+help: ## List the commands
+	@echo "Usage: make COMMAND [CONFIG=$(CONFIG)] [PIP_ARGS=...] [ARGS=...]"; echo
+	@grep -hE '^[a-z-]+:.*## ' Makefile | sed -E 's/:[^#]*## /\t/' | \
+		while IFS=$$'\t' read -r name text; do printf '  %-14s%s\n' "$$name" "$$text"; done
+	@echo; echo 'No GPU? Give PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" once.'
+
+.PHONY: demo
+demo: setup ## Run the whole pipeline on CONFIG through Prefect, and show the results
+	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(PY) -m demo run $(CONFIG)
+
+.PHONY: ui
+ui: setup ## Serve Prefect and MLflow, to browse what ran
+	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(PY) -m demo ui
+
+.PHONY: test
+test: setup ## Run the tests (ARGS="-k name" for some); no network is used
+	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+
+.PHONY: lint
+lint: setup ## Check style and types, as the pre-commit hooks and the CI do
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+.PHONY: format
+format: setup ## Put imports in order and format the code
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+.PHONY: setup
+setup: $(INSTALLED) ## Make the virtual environment and install the locked versions
+
+$(INSTALLED):
+	@python=; for candidate in $(PYTHON) python3.11 python3 python3.12 python3.13; do \
+		if "$$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			python=$$candidate; break; fi; done; \
+	if [ -z "$$python" ]; then \
+		echo "Python 3.11 or newer is needed; install it, or name it: make setup PYTHON=..." >&2; \
+		exit 1; fi; \
+	if [ ! -x $(PY) ]; then echo "Making $(VENV) with $$("$$python" --version)"; "$$python" -m venv $(VENV); fi
+	$(PY) -m pip install $(PIP_ARGS) -r requirements.lock
+	$(PY) -m pip install --no-deps --no-build-isolation -e .
+	$(PY) -m pip check
+	@# Compiled once here, so that the first training does not wait for it.
+	@echo "Building DeepSpeed's shared-memory operator"
+	@DS_ACCELERATOR=cpu $(PY) -c 'from deepspeed.comm.torch import build_shm_op; \
+		print("This platform has none." if build_shm_op() is None else "Built.")' || \
+		echo "WARNING: not built, see above. Training on CPU needs it: get a C++ compiler (make" \
+			"system-deps), then remove $(VENV) and run make setup again. GPUs do without." >&2
+	@rm -f $(VENV)/.installed-*
+	@touch $@
+
+.PHONY: system-deps
+# chromium     tests that open the Prefect and MLflow pages
+# postgresql   tests with Prefect's and MLflow's databases on a server
+# g++, git     DeepSpeed's operator; the commit that every artifact records
+system-deps: ## Install system packages: compiler, and what some tests need (root or sudo; Debian)
+	@missing=; \
+	for need in chromium:chromium pg_lsclusters:postgresql g++:g++ git:git; do \
+		command -v "$${need%%:*}" >/dev/null || missing+=" $${need##*:}"; done; \
+	if [ -z "$$missing" ]; then echo "All system packages are there."; exit 0; fi; \
+	run=; if [ "$$(id -u)" != 0 ]; then run="sudo -n"; fi; \
+	if [ -n "$$run" ] && ! sudo -n true 2>/dev/null; then \
+		echo "Missing:$$missing. Ask an administrator for: apt-get install$$missing" >&2; exit 1; fi; \
+	set -x; $$run apt-get update -q; \
+	$$run env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing
+
+.PHONY: toy-weights
+toy-weights: setup ## Make assets/toy again from random weights (an hour or more on 2 cores)
+	for role in teacher student; do \
+		rm -rf runs/toy-weights/$$role runs/toy-weights/$$role.partial; mkdir -p runs/toy-weights; \
+		$(VENV)/bin/grace toy pretrain $$role runs/toy-weights/$$role; done
+	for role in teacher student; do \
+		rm -rf assets/toy/$$role; mv runs/toy-weights/$$role assets/toy/$$role; done
+
+.PHONY: clean
+clean: ## Remove caches and build leftovers; keeps .venv and runs
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis mlruns
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## Remove the environment and all runs too
+	rm -rf $(VENV) runs
