@@ -1,15 +1,12 @@
 """The whole chain: data, teacher, BF16 student, quantized students, releases, scores, publication.
 
 Tasks are called one after the other in the main thread: only there does a cancellation reach a
-running training.
+running training. Prefect takes the parameters' descriptions in the UI's form from the docstrings.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from prefect import flow
-from pydantic import Field
 
 from grace_core.config import GraceConfig, load_config
 from tasks.distill_student import distill_student
@@ -22,25 +19,20 @@ from tasks.release_model import release_model
 from tasks.run_benchmarks import run_benchmarks
 from tasks.tracked import StageRef, tracked_flow
 
-ConfigPath = Annotated[
-    str, Field(description="Configuration file, relative to the project root or absolute.")
-]
-Overrides = Annotated[
-    list[str] | None,
-    Field(description="Settings that replace the file's, each as dotted.key=value, as in seed=3."),
-]
 Models = dict[str, StageRef]
 
 
 @flow(name="grace", persist_result=True, result_serializer="json")
 def grace(
-    config: ConfigPath = "configs/toy.yaml",
-    overrides: Overrides = None,
-    publish: Annotated[
-        bool, Field(description="Send the releases to their destination; scores come anyway.")
-    ] = True,
+    config: str = "configs/toy.yaml", overrides: list[str] | None = None, publish: bool = True
 ) -> StageRef:
-    """Distil and quantize a vision-language model, and show what it cost and what it kept."""
+    """Distil and quantize a vision-language model, and show what it cost and what it kept.
+
+    Args:
+        config: Configuration file, relative to the project root or absolute.
+        overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
+        publish: Send the releases to their destination; scores come anyway.
+    """
     switches = [] if publish else ["publish.enabled=false"]
     settings = load_config(config, [*(overrides or []), *switches])
     with tracked_flow(settings) as run:

@@ -6,15 +6,10 @@ and run when they are not.
 
 from __future__ import annotations
 
-from typing import Annotated
-
 from prefect import flow
-from pydantic import Field
 
 from flows.pipeline import (
-    ConfigPath,
     Models,
-    Overrides,
     fitted_teacher,
     published,
     released_models,
@@ -31,16 +26,26 @@ DEFAULT = "configs/toy.yaml"
 
 
 @flow(name="grace-data", persist_result=True, result_serializer="json")
-def data(config: ConfigPath = DEFAULT, overrides: Overrides = None) -> StageRef:
-    """Prepare the training data."""
+def data(config: str = DEFAULT, overrides: list[str] | None = None) -> StageRef:
+    """Prepare the training data.
+
+    Args:
+        config: Configuration file, relative to the project root or absolute.
+        overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
+    """
     settings = load_config(config, overrides or [])
     with tracked_flow(settings) as run:
         return training_data(settings, run)
 
 
 @flow(name="grace-distill", persist_result=True, result_serializer="json")
-def distill(config: ConfigPath = DEFAULT, overrides: Overrides = None) -> StageRef:
-    """Distil the BF16 student."""
+def distill(config: str = DEFAULT, overrides: list[str] | None = None) -> StageRef:
+    """Distil the BF16 student.
+
+    Args:
+        config: Configuration file, relative to the project root or absolute.
+        overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
+    """
     settings = load_config(config, overrides or [])
     with tracked_flow(settings) as run:
         prepared = training_data(settings, run)
@@ -50,14 +55,17 @@ def distill(config: ConfigPath = DEFAULT, overrides: Overrides = None) -> StageR
 
 @flow(name="grace-quantize", persist_result=True, result_serializer="json")
 def quantize(
-    config: ConfigPath = DEFAULT,
-    overrides: Overrides = None,
-    variants: Annotated[
-        list[Precision] | None,
-        Field(description="Which precisions to train; empty means those of the configuration."),
-    ] = None,
+    config: str = DEFAULT,
+    overrides: list[str] | None = None,
+    variants: list[Precision] | None = None,
 ) -> Models:
-    """Train the quantized students."""
+    """Train the quantized students.
+
+    Args:
+        config: Configuration file, relative to the project root or absolute.
+        overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
+        variants: Which precisions to train; empty means those of the configuration.
+    """
     switches = [f"quantize.variants=[{','.join(variants)}]"] if variants else []
     settings = load_config(config, [*(overrides or []), *switches])
     with tracked_flow(settings) as run:
@@ -65,16 +73,26 @@ def quantize(
 
 
 @flow(name="grace-release", persist_result=True, result_serializer="json")
-def release(config: ConfigPath = DEFAULT, overrides: Overrides = None) -> Models:
-    """Write the models in the form that users load, and prove it exact."""
+def release(config: str = DEFAULT, overrides: list[str] | None = None) -> Models:
+    """Write the models in the form that users load, and prove it exact.
+
+    Args:
+        config: Configuration file, relative to the project root or absolute.
+        overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
+    """
     settings = load_config(config, overrides or [])
     with tracked_flow(settings) as run:
         return released_models(settings, run, trained_models(settings, run))
 
 
 @flow(name="grace-evaluate", persist_result=True, result_serializer="json")
-def evaluate(config: ConfigPath = DEFAULT, overrides: Overrides = None) -> Models:
-    """Score teacher, baseline and the releases."""
+def evaluate(config: str = DEFAULT, overrides: list[str] | None = None) -> Models:
+    """Score teacher, baseline and the releases.
+
+    Args:
+        config: Configuration file, relative to the project root or absolute.
+        overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
+    """
     settings = load_config(config, overrides or [])
     with tracked_flow(settings) as run:
         models = trained_models(settings, run)
@@ -83,8 +101,13 @@ def evaluate(config: ConfigPath = DEFAULT, overrides: Overrides = None) -> Model
 
 
 @flow(name="grace-publish", persist_result=True, result_serializer="json")
-def publish(config: ConfigPath = DEFAULT, overrides: Overrides = None) -> StageRef:
-    """Send the releases to their destination, with their results."""
+def publish(config: str = DEFAULT, overrides: list[str] | None = None) -> StageRef:
+    """Send the releases to their destination, with their results.
+
+    Args:
+        config: Configuration file, relative to the project root or absolute.
+        overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
+    """
     settings = load_config(config, overrides or [])
     with tracked_flow(settings) as run:
         return published(settings, run)

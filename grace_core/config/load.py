@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import os
 import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from grace_core.config.model import GraceConfig
+from grace_core.config.problems import problems_of
+from grace_core.config.yaml_text import read_yaml
 from grace_core.errors import ConfigError, GraceError
 
 _VARIABLE = re.compile(r"\$\{([A-Za-z_][A-Za-z0-9_]*)(?::-([^}]*))?\}")
@@ -35,8 +34,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GraceConfig:
     if not file.is_file():
         raise ConfigError(str(path), ["no such file; name a YAML file such as configs/toy.yaml"])
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+        tree = read_yaml(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from error
     if not isinstance(tree, dict):
         raise ConfigError(str(path), ["expected a mapping of sections at the top level"])
@@ -57,7 +56,7 @@ def validate_config(
     try:
         config = GraceConfig.model_validate(tree)
     except ValidationError as error:
-        found += [_explain(detail) for detail in error.errors()]
+        found += problems_of(tree, error)
         raise ConfigError(source, found) from None
     if found:
         raise ConfigError(source, found)
@@ -84,7 +83,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
     if not separator or not all(parts):
         return f"override {override!r}: write it as dotted.key=value, for instance seed=3"
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except yaml.YAMLError as error:
         return f"override {override!r}: its value is not readable as YAML: {error}"
     node = tree
@@ -93,7 +92,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> str | None:
         if child is None:
             child = node[part] = {}
         if not isinstance(child, dict):
-            return f"override {override!r}: {part} is a single value and has no keys below it"
+            return f"override {override!r}: {part} is no section and has no keys below it"
         node = child
     node[parts[-1]] = value
     return None
@@ -119,42 +118,3 @@ def _expand(value: Any, path: tuple[str, ...], problems: list[str]) -> Any:
         return found
 
     return _VARIABLE.sub(replace, value)
-
-
-def _explain(detail: Any) -> str:
-    location = [part for part in detail["loc"] if isinstance(part, str | int)]
-    key = ".".join(str(part) for part in location) or "(whole file)"
-    message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "extra_forbidden":
-        known = _keys_beside(location)
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else f"; known keys: {', '.join(known)}"
-        return f"{key}: unknown key{hint}"
-    if detail["type"] == "missing":
-        return f"{key}: required, but missing; add it"
-    given = detail.get("input")
-    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
-    return f"{key}: {message}{shown}"
-
-
-def _keys_beside(location: Sequence[str | int]) -> list[str]:
-    """Names of the keys allowed where `location`'s last element stands."""
-    models: list[type[BaseModel]] = [GraceConfig]
-    for part in location[:-1]:
-        following: list[type[BaseModel]] = []
-        for model in models:
-            if isinstance(part, str) and part in model.model_fields:
-                following += _models_in(model.model_fields[part].annotation)
-            elif "kind" in model.model_fields and part == model.model_fields["kind"].default:
-                following.append(model)  # pydantic names the chosen member of a tagged union
-        models = following or models
-    return sorted({name for model in models for name in model.model_fields})
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    origin = typing.get_origin(annotation)
-    if origin in (typing.Union, types.UnionType, typing.Annotated, tuple, list):
-        return [model for part in typing.get_args(annotation) for model in _models_in(part)]
-    return []

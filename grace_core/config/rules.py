@@ -1,0 +1,194 @@
+"""What several values of a configuration must satisfy together.
+
+A rule is a small function that yields its problems, each starting with the key it is about. Rules
+read a whole configuration, or the valid part of a broken one: there, asking for a value that is
+wrong or missing raises `Unknown` and leaves out this rule alone, so that one mistake never hides
+another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from grace_core.config.model import GraceConfig, TrainingStage
+
+
+class Unknown(Exception):
+    """A rule asked for a value that is not valid itself."""
+
+
+def broken_rules(config: GraceConfig) -> list[str]:
+    """Problems of values that are valid one by one; empty when all fit together."""
+    found: list[str] = []
+    for rule in _RULES:
+        found += _ask(rule(config))
+    for name in ("teacher_fit", "distill", "quantize"):
+        for stage_rule in _STAGE_RULES:
+            found += _ask(_of_stage(stage_rule, name, config))
+    return found
+
+
+def _ask(problems: Iterable[str]) -> list[str]:
+    found = []
+    try:
+        for problem in problems:
+            found.append(problem)
+    except Unknown:
+        pass
+    return found
+
+
+def _of_stage(rule: StageRule, name: str, config: GraceConfig) -> Iterator[str]:
+    stage = getattr(config, name)
+    if stage is not None:
+        for problem in rule(stage, config):
+            yield f"{name}.{problem}"
+
+
+def _pixels_in_order(config: GraceConfig) -> Iterator[str]:
+    low, high = config.data.min_pixels, config.data.max_pixels
+    if low > high:
+        yield f"data.min_pixels ({low}) is above data.max_pixels ({high}); exchange them"
+
+
+def _annotations_once(config: GraceConfig) -> Iterator[str]:
+    source = config.data.source
+    if source.kind == "sharegpt4v":
+        yield from _named_twice("data.source.annotations", source.annotations)
+
+
+def _variants_once(config: GraceConfig) -> Iterator[str]:
+    yield from _named_twice("quantize.variants", config.quantize.variants)
+
+
+def _benchmarks_once(config: GraceConfig) -> Iterator[str]:
+    yield from _named_twice("evaluation.benchmarks", config.evaluation.benchmarks)
+
+
+def _group_size_divides_widths(config: GraceConfig) -> Iterator[str]:
+    size = config.quantize.group_size
+    if size & (size - 1):
+        yield (
+            f"quantize.group_size ({size}) is no power of two, and the groups would not divide the "
+            "layers' widths; use 128 as published, 64 or 32"
+        )
+
+
+def _teacher_has_no_teacher(config: GraceConfig) -> Iterator[str]:
+    if config.teacher_fit is None:
+        return
+    objective = config.teacher_fit.objective
+    if objective.distillation.kind != "none" or objective.relational.enabled:
+        yield (
+            "teacher_fit.objective: the teacher has no teacher of its own; set distillation.kind: "
+            "none and relational.enabled: false"
+        )
+
+
+def _one_length(stage: TrainingStage, config: GraceConfig) -> Iterator[str]:
+    steps, epochs = stage.training.steps, stage.training.epochs
+    if steps is None and epochs is None:
+        yield "training: its length is missing; give `steps` or `epochs`"
+    elif steps is not None and epochs is not None:
+        yield (
+            f"training: its length is given twice, as steps ({steps}) and as epochs ({epochs:g}); "
+            "leave one out"
+        )
+
+
+def _rows_for_every_process(stage: TrainingStage, config: GraceConfig) -> Iterator[str]:
+    rows, processes = stage.training.rows_per_step, config.launch.processes
+    if rows % processes:
+        above = -(-rows // processes) * processes
+        yield (
+            f"training.rows_per_step ({rows}) is not a multiple of launch.processes ({processes}); "
+            f"use {above}"
+        )
+
+
+def _samples_fit_their_row(stage: TrainingStage, config: GraceConfig) -> Iterator[str]:
+    row, sample = stage.training.row_tokens, config.data.max_tokens
+    if row < sample:
+        yield (
+            f"training.row_tokens ({row}) is below data.max_tokens ({sample}): a sample could not "
+            "fit its row; raise the one or lower the other"
+        )
+
+
+def _something_to_minimise(stage: TrainingStage, config: GraceConfig) -> Iterator[str]:
+    objective = stage.objective
+    if not (
+        objective.cross_entropy
+        or objective.distillation.kind != "none"
+        or objective.relational.enabled
+    ):
+        yield "objective: every term is switched off; leave at least one on"
+
+
+def _beta_within_bounds(stage: TrainingStage, config: GraceConfig) -> Iterator[str]:
+    controller = stage.objective.controller
+    low, start, high = controller.beta_min, controller.beta_init, controller.beta_max
+    if controller.kind == "adaptive" and not low <= start <= high:
+        yield (
+            f"objective.controller.beta_init ({start:g}) must lie between beta_min ({low:g}) and "
+            f"beta_max ({high:g})"
+        )
+
+
+def _distillation_weighs_something(stage: TrainingStage, config: GraceConfig) -> Iterator[str]:
+    terms = stage.objective.distillation
+    if terms.kind in ("gated-decoupled", "decoupled") and terms.alpha == terms.beta_dkd == 0:
+        yield (
+            "objective.distillation: alpha and beta_dkd are both 0, so the term is nothing; set "
+            "kind: none to switch it off"
+        )
+
+
+def _fixed_beta_weighs_something(stage: TrainingStage, config: GraceConfig) -> Iterator[str]:
+    controller = stage.objective.controller
+    off = stage.objective.distillation.kind == "none"
+    if controller.kind == "fixed" and controller.beta_init == 0 and not off:
+        yield (
+            "objective.controller.beta_init: a fixed beta of 0 multiplies distillation by nothing; "
+            "set distillation.kind: none to switch it off"
+        )
+
+
+def _omega_weighs_something(stage: TrainingStage, config: GraceConfig) -> Iterator[str]:
+    relational = stage.objective.relational
+    if relational.enabled and relational.omega == 0:
+        yield (
+            "objective.relational.omega is 0 and multiplies the term by nothing; set "
+            "relational.enabled: false to switch it off"
+        )
+
+
+def _named_twice(key: str, names: Sequence[str]) -> Iterator[str]:
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        yield f"{key} names {', '.join(twice)} more than once; name each once"
+
+
+Rule = Callable[["GraceConfig"], Iterator[str]]
+StageRule = Callable[["TrainingStage", "GraceConfig"], Iterator[str]]
+
+_RULES: tuple[Rule, ...] = (
+    _pixels_in_order,
+    _annotations_once,
+    _variants_once,
+    _benchmarks_once,
+    _group_size_divides_widths,
+    _teacher_has_no_teacher,
+)
+_STAGE_RULES: tuple[StageRule, ...] = (
+    _one_length,
+    _rows_for_every_process,
+    _samples_fit_their_row,
+    _something_to_minimise,
+    _beta_within_bounds,
+    _distillation_weighs_something,
+    _fixed_beta_weighs_something,
+    _omega_weighs_something,
+)
