@@ -47,7 +47,7 @@ def run(
     run_dir = ROOT / settings.run_dir
     started = time.monotonic()
     console.print("Starting Prefect and MLflow ...")
-    with servers(ROOT / services) as local, worker(local, ROOT):
+    with servers(ROOT / services, ROOT) as local, worker(local):
         _print_addresses(local)
         flow_run_id = _submit(local, config, overrides)
         try:
@@ -72,7 +72,7 @@ def run(
 def ui(services: ServicesFolder = Path("runs/services")) -> None:
     """Serve Prefect and MLflow until Ctrl-C, with a worker for runs started in the UI."""
     console.print("Starting Prefect and MLflow ...")
-    with servers(ROOT / services) as local, worker(local, ROOT):
+    with servers(ROOT / services, ROOT) as local, worker(local):
         _print_addresses(local)
         console.print("Ctrl-C ends them.")
         signal.pause()
@@ -83,8 +83,8 @@ def _submit(local: Services, config: str, overrides: list[str]) -> str:
     arguments = ["deployment", "run", DEPLOYMENT, "--param", f"config={config}"]
     if overrides:
         arguments += ["--param", f"overrides={json.dumps(overrides)}"]
-    console.print(f"$ prefect {' '.join(arguments)}", markup=False, highlight=False)
-    answer = run_prefect(local, ROOT, *arguments)
+    console.print(f"$ prefect {' '.join(arguments)}", markup=False, highlight=False, soft_wrap=True)
+    answer = run_prefect(local, *arguments)
     found = re.search(r"UUID: ([0-9a-f-]{36})", answer)
     assert found is not None, answer
     return found.group(1)
@@ -121,7 +121,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _interrupt)  # ends like Ctrl-C: nothing stays behind
     try:
         app(standalone_mode=False)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # which of them depends on where it struck
         console.print("interrupted")
         sys.exit(130)
     except typer.Exit as error:

@@ -28,16 +28,17 @@ def follow(api: PrefectApi, flow_run_id: str, run_dir: Path, console: Console) -
             for task in tasks:
                 if task.type in FINAL and task.id not in shown:
                     shown.add(task.id)
-                    console.print(_ended(task))
+                    console.print(_ended(task), soft_wrap=True)
             if flow_run.is_final:
                 return flow_run
             running = [task.name for task in tasks if task.type == "RUNNING"]
             line = f"{_clock(time.monotonic() - started)}  {', '.join(running) or flow_run.state}"
-            if (event := metrics.newest()) is not None:
+            event = metrics.newest()
+            if event is not None and event.stage in running:
                 line += f"  {_measured(event)}"
             status.update(line)
             if not console.is_terminal and time.monotonic() - last_line >= _QUIET_SECONDS:
-                console.print(f"  {line}")
+                console.print(f"  {line}", soft_wrap=True)
                 last_line = time.monotonic()
             time.sleep(_LOOK_SECONDS)
 

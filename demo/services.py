@@ -25,7 +25,7 @@ from grace_core.launch import end_process_group, start_process_group
 
 HOST = "127.0.0.1"
 WORK_POOL = "grace-local"
-_START_SECONDS = 180.0  # a first start on a busy machine creates two databases
+_START_SECONDS = 300.0  # a first start on a busy machine creates two databases
 _SHOWN_LINES = 15
 
 
@@ -37,6 +37,7 @@ class Services:
     mlflow: str
     environment: Mapping[str, str]
     logs: Path
+    root: Path
 
     @property
     def api(self) -> PrefectApi:
@@ -44,12 +45,15 @@ class Services:
 
 
 @contextmanager
-def servers(folder: Path) -> Iterator[Services]:
-    """Prefect and MLflow, their state in `folder`; both answer when this yields."""
+def servers(folder: Path, root: Path) -> Iterator[Services]:
+    """Prefect and MLflow, their state in `folder`; both answer when this yields.
+
+    root: the checkout, working directory of everything that is started.
+    """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     prefect, mlflow = f"http://{HOST}:{_port(4200)}", f"http://{HOST}:{_port(5000)}"
-    services = Services(prefect, mlflow, _environment(folder, prefect, mlflow), logs)
+    services = Services(prefect, mlflow, _environment(folder, prefect, mlflow), logs, root)
     artifacts = (folder / "mlflow").absolute()
     with ExitStack() as stack:
         stack.enter_context(_only_one(folder))
@@ -77,45 +81,44 @@ def servers(folder: Path) -> Iterator[Services]:
 
 
 @contextmanager
-def worker(services: Services, root: Path) -> Iterator[None]:
-    """A process worker of the pool `grace-local`, with the deployments of `root`'s prefect.yaml."""
+def worker(services: Services) -> Iterator[None]:
+    """A process worker of the pool `grace-local`, with the deployments of prefect.yaml."""
     services.api.ensure_work_pool(WORK_POOL)
     with _service(
         services,
         "worker",
         *("-m", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process"),
     ):
-        run_prefect(services, root, "--no-prompt", "deploy", "--all")
+        run_prefect(services, "--no-prompt", "deploy", "--all")
         yield
 
 
-def run_prefect(services: Services, root: Path, *arguments: str) -> str:
-    """Run Prefect's command line in `root` and return what it printed.
+def run_prefect(services: Services, *arguments: str) -> str:
+    """Run Prefect's command line in the project root and return what it printed.
 
     Raises GraceError with its output when it fails.
     """
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", *arguments],
-        cwd=root,
-        env=dict(services.environment),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
+    name = next(word for word in arguments if not word.startswith("-"))
+    with _service(services, name, "-m", "prefect", *arguments) as process:
+        exit_code = process.wait()
+    printed = (services.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+    if exit_code:
         raise GraceError(
-            f"`prefect {' '.join(arguments)}` failed with exit code {done.returncode}:\n"
-            + "\n".join((done.stdout + done.stderr).splitlines()[-_SHOWN_LINES:])
+            f"`prefect {' '.join(arguments)}` failed with exit code {exit_code}:\n"
+            + "\n".join(printed.splitlines()[-_SHOWN_LINES:])
         )
-    return done.stdout
+    return printed
 
 
 @contextmanager
 def _service(services: Services, name: str, *arguments: str) -> Iterator[subprocess.Popen[bytes]]:
     with (services.logs / f"{name}.log").open("wb") as log:
         process = start_process_group(
-            [sys.executable, *arguments], env=services.environment, stdout=log, stderr=log
+            [sys.executable, *arguments],
+            env=services.environment,
+            stdout=log,
+            stderr=log,
+            folder=services.root,
         )
     try:
         yield process

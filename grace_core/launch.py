@@ -147,11 +147,17 @@ def run_process_group(
 
 
 def start_process_group(
-    command: Sequence[str], *, env: Mapping[str, str], stdout: IO[bytes], stderr: IO[bytes]
+    command: Sequence[str],
+    *,
+    env: Mapping[str, str],
+    stdout: IO[bytes],
+    stderr: IO[bytes],
+    folder: Path | None = None,
 ) -> subprocess.Popen[bytes]:
     """Start `command` in a session of its own; it gets SIGTERM when the calling thread ends.
 
-    `env` is its whole environment. End it with `end_process_group`.
+    `env` is its whole environment, `folder` its working directory (this process's where None).
+    End it with `end_process_group`.
     """
     return subprocess.Popen(
         command,
@@ -159,6 +165,7 @@ def start_process_group(
         stdout=stdout,
         stderr=stderr,
         env=dict(env),
+        cwd=folder,
         start_new_session=True,
         preexec_fn=_end_with_parent(os.getpid()),
     )

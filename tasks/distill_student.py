@@ -7,7 +7,7 @@ from grace_core.config import GraceConfig
 from tasks.tracked import StageRef, run_stage, stage_task
 
 
-@stage_task()
+@stage_task("bf16")
 def distill_student(
     config: GraceConfig, run: str, data: StageRef, teacher: StageRef | None
 ) -> StageRef:

@@ -7,7 +7,7 @@ from grace_core.config import GraceConfig
 from tasks.tracked import StageRef, run_stage, stage_task
 
 
-@stage_task()
+@stage_task("teacher")
 def fit_teacher(config: GraceConfig, run: str, data: StageRef) -> StageRef:
     return run_stage(
         config,

@@ -16,7 +16,7 @@ from grace_core.config import GraceConfig
 from tasks.tracked import StageRef, run_stage, stage_task
 
 
-@stage_task()
+@stage_task("publish")
 def publish_models(
     config: GraceConfig,
     run: str,
@@ -37,7 +37,7 @@ def publish_models(
     )
 
 
-@task(cache_policy=NO_CACHE)
+@task(task_run_name="results", cache_policy=NO_CACHE)
 def show_results(config: GraceConfig, run: str, published: StageRef) -> None:
     """The results where people look: the run's folder, a Prefect artifact, MLflow's parent run."""
     folder = published.artifact().path

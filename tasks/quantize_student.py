@@ -8,7 +8,7 @@ from grace_core.config.model import Precision
 from tasks.tracked import StageRef, run_stage, stage_task
 
 
-@stage_task("quantize_student-{precision}")
+@stage_task("{precision}")
 def quantize_student(
     config: GraceConfig,
     run: str,

@@ -11,7 +11,7 @@ from tasks.lineage import register_release
 from tasks.tracked import StageRef, run_stage, stage_task
 
 
-@stage_task("release_model-{model.stage}")
+@stage_task("release-{model.stage}")
 def release_model(config: GraceConfig, run: str, model: StageRef) -> StageRef:
     def record(run_id: str, release: Artifact) -> None:
         assert model.model_id is not None

@@ -8,7 +8,7 @@ from tasks.lineage import log_scores
 from tasks.tracked import StageRef, run_stage, stage_task
 
 
-@stage_task("run_benchmarks-{label}")
+@stage_task("evaluate-{label}")
 def run_benchmarks(config: GraceConfig, run: str, label: str, model: StageRef | None) -> StageRef:
     """Score `model`; None stands for the checkpoint that the configuration names."""
     checkpoint = model.artifact() if model else None

@@ -60,9 +60,11 @@ def _tracking_failed(_: Task[..., Any], task_run: TaskRun, state: State[Any]) ->
 
 
 def stage_task(
-    task_run_name: str | None = None,
+    stage: str,
 ) -> Callable[[Callable[P, StageRef]], Callable[P, StageRef]]:
     """Make a function that calls `run_stage` a Prefect task, to be called directly from a flow.
+
+    stage: name of its task runs, equal to the stage's; `{parameter}` is filled in.
 
     Prefect's own cache is off: it would answer without looking at the disk, where the stages find
     what is done themselves. Called directly, a task that returned a state hands that state to the
@@ -71,7 +73,7 @@ def stage_task(
 
     def decorate(function: Callable[P, StageRef]) -> Callable[P, StageRef]:
         prefect_task = task(
-            task_run_name=task_run_name,
+            task_run_name=stage,
             cache_policy=NO_CACHE,
             persist_result=True,
             result_serializer="json",

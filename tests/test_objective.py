@@ -172,7 +172,9 @@ def assert_same_gradients(
     found: dict[str, Tensor], expected: dict[str, Tensor], relative: float = 2e-4
 ) -> None:
     expected = {name: value for name, value in expected.items() if name != "total"}
-    assert found.keys() == expected.keys()
+    assert found.keys() >= expected.keys()
+    for name in found.keys() - expected.keys():  # the oracle's graph does not reach it
+        assert not found[name].any(), name
     scale = max(float(value.norm()) for value in expected.values())
     for name, value in expected.items():
         difference = float((found[name].double() - value).norm())

@@ -12,7 +12,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from grace_core.toy.batched import hidden_states, patchify
 from grace_core.toy.checkpoints import Role, build_model, save_checkpoint
 from grace_core.toy.conversations import Mixture, converse
-from grace_core.toy.encoding import encode_conversation, picture_start
+from grace_core.toy.encoding import encode_conversation
 from grace_core.toy.pictures import draw_scene, render
 from grace_core.toy.scoring import pad_rows, score_benchmark
 from grace_core.toy.tokenizer import shared_tokenizer
@@ -80,10 +80,9 @@ def test_fast_forward_equals_the_librarys(random_checkpoint) -> None:
         pictures.append(render(scene))
         rows.append(encode_conversation(turns, newline_after_picture=True, max_length=400))
     pixels = torch.from_numpy(np.stack(pictures))
-    ids, _ = pad_rows(rows)
-    attended = torch.zeros_like(ids)
-    for row, (tokens, _) in enumerate(rows):
-        attended[row, : len(tokens)] = 1
+    padded = pad_rows(rows)
+    ids, segments = padded["ids"], padded["segments"]
+    attended = (segments >= 0).long()
     encoded = processor(images=[Image.fromarray(p) for p in pictures], return_tensors="pt")
     # The processor scales by 1/255 first and may round once more.
     assert torch.allclose(encoded.pixel_values, patchify(pixels).flatten(0, 1), atol=1e-6)
@@ -94,9 +93,34 @@ def test_fast_forward_equals_the_librarys(random_checkpoint) -> None:
             mm_token_type_ids=(ids == model.config.image_token_id).int(),
             **encoded,
         ).logits
-        found = model.lm_head(hidden_states(model, pixels, ids, picture_start()))
+        found = model.lm_head(hidden_states(model, pixels, ids, segments))
     real = attended.bool()
     assert torch.allclose(found[real], expected[real], atol=1e-4 * expected[real].abs().max())
+
+
+def test_independent_turns_equal_conversations_of_their_own(random_checkpoint) -> None:
+    _, model, _ = random_checkpoint
+    rng = stream("independent", 0, 0)
+    scene = draw_scene(rng, held_out=False)
+    turns = converse(scene, Mixture(turns=(4, 4)), rng)
+    pixels = torch.from_numpy(render(scene))[None]
+    together = encode_conversation(
+        turns, newline_after_picture=False, max_length=1000, independent=True
+    )
+
+    def states(row) -> torch.Tensor:
+        padded = pad_rows([row])
+        with torch.no_grad():
+            return hidden_states(model, pixels, padded["ids"], padded["segments"])[0]
+
+    shared = states(together)
+    segments = torch.tensor(together.segments)
+    assert segments.max() == len(turns) > 1
+    for index, turn in enumerate(turns):
+        alone = encode_conversation([turn], newline_after_picture=False, max_length=1000)
+        expected = states(alone)[torch.tensor(alone.segments) == 1]
+        found = shared[segments == index + 1]
+        assert torch.allclose(found, expected, atol=1e-4 * expected.abs().max())
 
 
 @pytest.fixture(scope="module", params=ROLES)

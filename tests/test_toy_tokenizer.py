@@ -113,21 +113,21 @@ def test_pieced_encoding_equals_the_rendered_template() -> None:
             ]
         rendered = tokenizer.apply_chat_template(messages, tokenize=False)
         expected = tokenizer(rendered.replace(IMAGE_PAD, IMAGE_PAD * 16)).input_ids
-        ids, supervised = encode_conversation(
-            turns, newline_after_picture=newline, max_length=10_000
+        row = encode_conversation(turns, newline_after_picture=newline, max_length=10_000)
+        assert row.ids == expected
+        replies = tokenizer.decode(
+            [token for token, flag in zip(row.ids, row.supervised, strict=True) if flag]
         )
-        assert ids == expected
-        replies = tokenizer.decode([i for i, flag in zip(ids, supervised, strict=True) if flag])
         assert replies == "".join(f"{turn.answer}<|im_end|>" for turn in turns)
 
 
 def test_turns_that_do_not_fit_are_dropped() -> None:
     rng = stream("encoding", 0, 0)
     turns = converse(draw_scene(rng, held_out=False), Mixture(turns=(6, 6)), rng)
-    whole, _ = encode_conversation(turns, newline_after_picture=False, max_length=10_000)
-    cut, supervised = encode_conversation(turns, newline_after_picture=False, max_length=100)
-    assert len(cut) == len(supervised) <= 100 < len(whole)
-    assert whole[: len(cut)] == cut
+    whole = encode_conversation(turns, newline_after_picture=False, max_length=10_000)
+    cut = encode_conversation(turns, newline_after_picture=False, max_length=100)
+    assert len(cut.ids) == len(cut.supervised) == len(cut.segments) <= 100 < len(whole.ids)
+    assert shared_tokenizer().decode(cut.ids).count("assistant") < len(turns)
 
 
 def test_picture_prefix_holds_sixteen_image_tokens_at_its_end() -> None:

@@ -9,6 +9,7 @@ case raises is left as {"error": [type, text]}; it must be raised by all ranks a
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import logging
 import os
@@ -29,7 +30,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from grace_core.training import loop
-from grace_core.training.checkpoint import unique_parameters, whole_weights
+from grace_core.training.checkpoint import unique_parameters
 from grace_core.training.job import TrainingJob
 from grace_core.training.loop import Trainer
 from grace_core.training.stopping import StopSignal
@@ -118,75 +119,45 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
 
 
 def train(case: dict[str, Any], job: TrainingJob) -> Outcome:
-    """The whole job; with `sigterm_after`, rank 1 alone is told to stop during that step."""
+    """The whole job; the last rank is told to stop in step `sigterm_after`, where that is given.
+
+    After step `poison_after` a weight of the first rank becomes NaN.
+    """
     stop = StopSignal()
     stop.listen()
-    told_after = case.get("sigterm_after")
-    report_step = Trainer.optimizer_step
+    plain_step = Trainer.optimizer_step
 
-    def step_and_signal(trainer: Trainer, rows: Any) -> Any:
-        report = report_step(trainer, rows)
-        if trainer.step == told_after and dist.get_rank() == dist.get_world_size() - 1:
+    def eventful_step(trainer: Trainer, rows: Any) -> Any:
+        report = plain_step(trainer, rows)
+        last_rank = dist.get_rank() == dist.get_world_size() - 1
+        if trainer.step == case.get("sigterm_after") and last_rank:
             os.kill(os.getpid(), signal.SIGTERM)
+        if trainer.step == case.get("poison_after") and dist.get_rank() == 0:
+            with torch.no_grad():
+                trainer.student.model.lm_head.weight[0, 0] = float("nan")
         return report
 
-    Trainer.optimizer_step = step_and_signal  # type: ignore[method-assign]
     records: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: records.append(record.getMessage())  # type: ignore[method-assign]
     loop.log.addHandler(handler)
+    Trainer.optimizer_step = eventful_step  # type: ignore[method-assign]
     try:
         finished = loop.train(job, CPU, stop)
     finally:
-        Trainer.optimizer_step = report_step  # type: ignore[method-assign]
+        Trainer.optimizer_step = plain_step  # type: ignore[method-assign]
         loop.log.removeHandler(handler)
     return {"finished": finished, "log": records}, {}
-
-
-def save_and_reload(case: dict[str, Any], job: TrainingJob) -> Outcome:
-    """Two steps and a checkpoint, then a new trainer from it: every tensor it goes on with."""
-    trainer = Trainer(job, CPU)
-    rows = iter_rows(trainer)
-    for _ in range(2):
-        trainer.optimizer_step(next(rows))
-    trainer.save()
-    before = _whole_state(trainer)
-    again = Trainer(job, CPU)
-    after = _whole_state(again)
-    differing = [name for name in before if not torch.equal(before[name], after[name])]
-    facts = {
-        "step": again.step,
-        "compared": len(before),
-        "only_once": sorted(before.keys() ^ after.keys()),
-        "differing": differing,
-        "controllers": [trainer.controller.state_dict(), again.controller.state_dict()],
-    }
-    everyone: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(everyone, facts)
-    return {"ranks": everyone}, {}
-
-
-def _whole_state(trainer: Trainer) -> dict[str, Tensor]:
-    state = {f"weight.{name}": value for name, value in whole_weights(trainer.student.model).items()}
-    for number, (key, entries) in enumerate(trainer.engine.basic_optimizer.state.items()):
-        state[f"master.{number}"] = key.detach().clone()
-        for name, value in entries.items():
-            state[f"optimizer.{number}.{name}"] = torch.as_tensor(value).clone()
-    if trainer.bank is not None:
-        state["theta"] = trainer.bank.flat.detach().clone()
-        for name, value in trainer.scale_optimizer.state[trainer.bank.flat].items():
-            state[f"theta.{name}"] = torch.as_tensor(value).clone()
-    return state
 
 
 ACTIONS: dict[str, Callable[[dict[str, Any], TrainingJob], Outcome]] = {
     "first_step": first_step,
     "train": train,
-    "save_and_reload": save_and_reload,
 }
 
 
 def main(cases: Path, out: Path) -> None:
+    faulthandler.dump_traceback_later(60)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     dist.init_process_group("gloo")
     for case in json.loads(cases.read_text(encoding="utf-8")):

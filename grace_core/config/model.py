@@ -248,7 +248,7 @@ class Evaluation(Section):
 
     benchmarks: tuple[BenchmarkName, ...] = Field(("toy-choice", "toy-yesno"), min_length=1)
     items: PositiveInt | None = Field(
-        None, description="first so many items a benchmark; null: all"
+        None, description="questions of each benchmark, from its first; null: all"
     )
     batch_size: PositiveInt = Field(32, description="questions answered at once")
     max_new_tokens: PositiveInt = Field(8, description="tokens of an answer")

@@ -84,7 +84,8 @@ def _adapter(field: FieldInfo) -> TypeAdapter[Any]:
 
 def _in_words(detail: Any) -> str:
     place = _locate(detail["loc"])
-    key = ".".join(map(str, place.key)) or "(whole file)"
+    about = (*place.key, "kind") if detail["type"].startswith("union_tag") else place.key
+    key = ".".join(map(str, about)) or "(whole file)"
     explain = _EXPLANATIONS.get(detail["type"], _wrong_value)
     return f"{key}: {explain(detail, place)}"
 
@@ -109,8 +110,8 @@ def _wrong_member(detail: Any, place: _Place) -> str:
     tags = [str(_tag(section)) for section in _sections_in(place.field.annotation)]
     given = detail["ctx"].get("tag")
     if given is None:
-        return f"`kind` is missing; add kind: {' or '.join(tags)}"
-    return f"kind {given!r} is not known; use {_choice(given, tags)}"
+        return f"required, but missing; add kind: {' or '.join(tags)}"
+    return f"{given!r} is not known; use {_choice(given, tags)}"
 
 
 def _wrong_choice(detail: Any, place: _Place) -> str:

@@ -77,7 +77,7 @@ def hidden_states(
     model: Qwen3VLForConditionalGeneration,
     pixels: Tensor,
     input_ids: Tensor,
-    start: int,
+    segments: Tensor,
     encode: Encoder = encode_pictures,
 ) -> Tensor:
     """Final decoder states, before the head.
@@ -85,25 +85,26 @@ def hidden_states(
     Args:
         model: the toy model.
         pixels: (B, 64, 64, 3), uint8: one picture a row.
-        input_ids: (B, L), right-padded, 16 image tokens at columns start to start + 15.
-        start: column of the first image token.
+        input_ids: (B, L), right-padded, each with its 16 image tokens at the same columns.
+        segments: (B, L): 0 for the row's opening with the picture, -1 for padding; tokens see
+            the opening and what precedes them in their own segment, positions restart with it.
         encode: `encode_pictures` or a compiled version of it.
 
     Returns:
         (B, L, d); what stands in padded columns is meaningless.
     """
+    is_visual = input_ids == model.config.image_token_id
+    start = int(is_visual[0].int().argmax())
     end = start + VISUAL_TOKENS
     merged, features = encode(model.model.visual, pixels)
     text = model.model.language_model
     embedded = text.embed_tokens(input_ids)
     visual = merged.view(len(pixels), VISUAL_TOKENS, -1).to(embedded.dtype)
     embedded = torch.cat((embedded[:, :start], visual, embedded[:, end:]), dim=1)
-    is_visual = torch.zeros_like(input_ids, dtype=torch.bool)
-    is_visual[:, start:end] = True
-    positions = rotary_positions(input_ids.shape[1], start).to(input_ids.device)
     output = text(
         inputs_embeds=embedded,
-        position_ids=positions[:, None].expand(-1, len(pixels), -1),
+        attention_mask=attention_bias(segments),
+        position_ids=rotary_positions(segments, start),
         visual_pos_masks=is_visual,
         deepstack_visual_embeds=features,
         use_cache=False,
@@ -111,13 +112,29 @@ def hidden_states(
     return output.last_hidden_state
 
 
-def rotary_positions(length: int, start: int) -> Tensor:
-    """Positions (3, length) in time, height and width: a picture advances the text by its side."""
-    cells = torch.arange(VISUAL_TOKENS)
+def attention_bias(segments: Tensor) -> Tensor:
+    """Additive mask (B, 1, L, L) fp32: causal, within a segment, the opening open to all."""
+    keys, queries = segments[:, None, :], segments[:, :, None]
+    length = segments.shape[1]
+    causal = torch.ones(length, length, dtype=torch.bool, device=segments.device).tril()
+    visible = causal & ((keys == 0) | (keys == queries))
+    return torch.where(visible, 0.0, torch.finfo(torch.float32).min)[:, None]
+
+
+def rotary_positions(segments: Tensor, start: int) -> Tensor:
+    """Positions (3, B, L) in time, height and width: a picture advances the text by its side."""
+    columns = torch.arange(segments.shape[1], device=segments.device).expand_as(segments)
+    # Column at which a token's segment begins, then its distance from there.
+    begins = torch.where(segments[:, 1:] != segments[:, :-1], columns[:, 1:], 0)
+    begins = torch.cat((begins[:, :1] * 0, begins), dim=1).cummax(dim=1).values
+    opening = (segments == 0).sum(dim=1, keepdim=True) - VISUAL_TOKENS + MERGED_GRID
+    after_picture = columns - VISUAL_TOKENS + MERGED_GRID
+    text = torch.where(segments == 0, after_picture, opening + columns - begins)
+    positions = torch.where(columns < start, columns, text).repeat(3, 1, 1)
+    cells = torch.arange(VISUAL_TOKENS, device=segments.device)
     picture = start + torch.stack((cells * 0, cells // MERGED_GRID, cells % MERGED_GRID))
-    before = torch.arange(start).expand(3, -1)
-    after = torch.arange(length - start - VISUAL_TOKENS).expand(3, -1) + start + MERGED_GRID
-    return torch.cat((before, picture, after), dim=1)
+    positions[:, :, start : start + VISUAL_TOKENS] = picture[:, None]
+    return positions
 
 
 def _rotary_angles(order: Tensor, head_dim: int) -> tuple[Tensor, Tensor]:

@@ -1,13 +1,15 @@
-"""Pretrain the toy teacher or student from random weights: `python -m grace_core.toy.pretrain`.
+"""Pretrain the toy teacher or student: `python -m grace_core.toy.pretrain`.
 
 Plain PyTorch: Muon and AdamW, linear warm-up and cosine decay, cross-entropy on the assistant's
 tokens, a fresh stream of generated records (no record is seen twice, none is wrong), bf16 autocast;
 weights are kept in fp32 and saved in bf16.
 
-The teacher sees every family in every form. The student is made a model with something to learn:
-it learns to look at pictures (mostly captions and short answers, so that its vision tower knows
-shapes, colours, places and letters) but hardly meets the benchmark's forms. What it lacks is mostly
-in the decoder, which is what distillation trains; `RECIPES` has the shares.
+The teacher is made in two runs: first it learns to look (captions and short answers) and then
+everything, with the pictures' words spelt letter by letter; a second run goes on from there with
+those words as single tokens (`CONTINUATIONS`). The student is made a model with something to learn:
+it learns to look, so that its vision tower knows shapes, colours, places and words, but meets the
+benchmark's forms for a short time only. What it lacks is mostly in the decoder, which is what
+distillation trains.
 """
 
 import copy
@@ -35,7 +37,7 @@ from grace_core.errors import GraceError
 from grace_core.toy.batched import Encoder, encode_pictures, hidden_states
 from grace_core.toy.checkpoints import Role, build_model, save_checkpoint
 from grace_core.toy.conversations import Mixture, converse
-from grace_core.toy.encoding import encode_conversation, picture_start
+from grace_core.toy.encoding import encode_conversation
 from grace_core.toy.pictures import draw_scene, render
 from grace_core.toy.scoring import pad_rows, score_benchmark
 from grace_core.toy.tokenizer import shared_tokenizer
@@ -57,6 +59,9 @@ class Recipe:
         steps: optimizer steps; a step sees `batch_size` records.
         learning_rate: the peak, of Muon (scaled to AdamW's update size) and AdamW alike.
         max_length: tokens a row; as many turns are asked as fit.
+        spelt: the words that pictures show are spelt instead of one token each.
+        independent_share: of the rows, those whose questions do not see each other. Else later
+            answers can be read off earlier ones, which teaches the models to look less.
     """
 
     phases: tuple[tuple[float, Mixture], ...]
@@ -66,41 +71,32 @@ class Recipe:
     warmup_steps: int = 40
     weight_decay: float = 0.01
     clip_norm: float = 1.0
-    max_length: int = 112
+    max_length: int = 128
+    spelt: bool = False
+    independent_share: float = 0.8
 
     def mixture_at(self, step: int) -> Mixture:
         return next(mixture for end, mixture in self.phases if step < end * self.steps or end == 1)
 
 
-_TURNS = (6, 6)
+_TURNS = (9, 9)
 _LOOKING = Mixture(forms={"describe": 0.4, "free": 0.6}, turns=_TURNS)
+_EVERYTHING = Mixture(
+    forms={"describe": 0.15, "free": 0.25, "yesno": 0.3, "mcq": 0.3}, turns=_TURNS
+)
 
 RECIPES: dict[Role, Recipe] = {
     "teacher": Recipe(
-        phases=(
-            (0.25, _LOOKING),
-            (
-                1.0,
-                Mixture(
-                    forms={"describe": 0.1, "free": 0.2, "yesno": 0.35, "mcq": 0.35}, turns=_TURNS
-                ),
-            ),
-        ),
-        steps=800,
+        phases=((0.35, _LOOKING), (1.0, _EVERYTHING)), steps=2000, batch_size=32, spelt=True
     ),
-    "student": Recipe(
-        phases=(
-            (0.75, _LOOKING),
-            (
-                1.0,
-                Mixture(
-                    forms={"describe": 0.3, "free": 0.5, "yesno": 0.15, "mcq": 0.05}, turns=_TURNS
-                ),
-            ),
-        ),
-        steps=1000,
-    ),
+    "student": Recipe(phases=((0.8, _LOOKING), (1.0, _EVERYTHING)), steps=1000, batch_size=32),
 }
+"""From random weights."""
+
+CONTINUATIONS: dict[Role, Recipe] = {
+    "teacher": Recipe(phases=((1.0, _EVERYTHING),), steps=900, batch_size=32, learning_rate=2e-3),
+}
+"""From the weights of a run before."""
 
 
 class _Batches(Dataset[dict[str, Tensor]]):
@@ -126,14 +122,12 @@ class _Batches(Dataset[dict[str, Tensor]]):
                     turns,
                     newline_after_picture=rng.random() < 0.5,
                     max_length=self.recipe.max_length,
+                    independent=rng.random() < self.recipe.independent_share,
+                    spelt=self.recipe.spelt,
                 )
             )
-        ids, supervised = pad_rows(rows, multiple=self.recipe.max_length)
-        return {
-            "pixels": torch.from_numpy(np.stack(pictures)),
-            "ids": ids,
-            "supervised": supervised,
-        }
+        pixels = torch.from_numpy(np.stack(pictures))
+        return {"pixels": pixels} | pad_rows(rows, length=self.recipe.max_length)
 
 
 def learning_rate_at(step: int, recipe: Recipe) -> float:
@@ -150,7 +144,7 @@ def supervised_loss(
     encode: Encoder = encode_pictures,
 ) -> Tensor:
     """Mean cross-entropy over the batch's supervised tokens."""
-    hidden = hidden_states(model, batch["pixels"], batch["ids"], picture_start(), encode)
+    hidden = hidden_states(model, batch["pixels"], batch["ids"], batch["segments"], encode)
     targets = batch["supervised"][:, 1:]
     logits = model.lm_head(hidden[:, :-1][targets])
     return F.cross_entropy(logits.float(), batch["ids"][:, 1:][targets])
@@ -185,13 +179,19 @@ def train(
     workers: int,
     compiled: bool,
     snapshot: Path,
+    start: Path | None,
 ) -> Qwen3VLForConditionalGeneration:
-    """Train the role's model from random weights, printing progress; returns it in fp32.
+    """Train the role's model from random weights or those in `start`; returns it in fp32.
 
     Every `_SNAPSHOT_STEPS` steps the weights so far are written to `snapshot`.
     """
     torch.set_float32_matmul_precision("high")
-    model = build_model(role, seed=seed).to(device).train()
+    model = build_model(role, seed=seed)
+    if start is not None:
+        model.load_state_dict(
+            Qwen3VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict()
+        )
+    model = model.to(device).train()
     if device.type == "cpu":
         model.set_attn_implementation("eager")  # the fused kernel's backward is slow here
     encode: Encoder = encode_pictures
@@ -257,6 +257,9 @@ def _headline(scores: dict[str, float]) -> str:
 def pretrain(
     role: Annotated[Role, typer.Argument(help="teacher or student")],
     out: Annotated[Path, typer.Argument(help="directory to write, must not exist yet")],
+    start: Annotated[
+        Path | None, typer.Option(help="checkpoint to go on from, else random weights")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="optimizer steps, else the recipe's")] = None,
     batch_size: Annotated[int | None, typer.Option(help="records a step")] = None,
     seed: Annotated[int, typer.Option(help="of weights and data")] = 0,
@@ -266,10 +269,13 @@ def pretrain(
         bool, typer.Option("--compile/--no-compile", help="compile the models, needs g++")
     ] = True,
 ) -> None:
-    """Pretrain the toy teacher or student from random weights on a fresh stream of records."""
+    """Pretrain the toy teacher or student on a fresh stream of records."""
     if out.exists():
         raise GraceError(f"Toy pretraining: {out} exists; name a new directory or remove it.")
-    recipe = RECIPES[role]
+    recipes = RECIPES if start is None else CONTINUATIONS
+    if role not in recipes:
+        raise GraceError(f"Toy pretraining: the {role} is made in one run; leave --start out.")
+    recipe = recipes[role]
     recipe = replace(
         recipe,
         steps=recipe.steps if steps is None else steps,
@@ -288,6 +294,7 @@ def pretrain(
         workers=workers,
         compiled=compiled,
         snapshot=partial,
+        start=start,
     )
     # Scored as it will be loaded: weights rounded to bf16.
     model = copy.deepcopy(model).to(torch.bfloat16).float()
@@ -295,6 +302,8 @@ def pretrain(
     print(f"{role} done: {_headline(scores)}", flush=True)
     save_checkpoint(model, partial)
     provenance = _provenance(role, recipe, seed, device, scores, time.monotonic() - started)
+    if start is not None:
+        provenance["start"] = json.loads((start / PROVENANCE_FILE).read_text(encoding="utf-8"))
     text = json.dumps(provenance, indent=2) + "\n"
     (partial / PROVENANCE_FILE).write_text(text, encoding="utf-8")
     os.replace(partial, out)

@@ -16,7 +16,7 @@ from grace_core.toy.pictures import COLOURS, KINDS, PLACES, Scene, Shape
 CHOICE_INSTRUCTION = "Answer with the letter."
 YESNO_INSTRUCTION = "Answer yes or no."
 LETTERS = "ABCD"
-MAX_COUNT = 4
+MAX_COUNT = 3
 
 
 @dataclass(frozen=True)

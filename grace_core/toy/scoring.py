@@ -15,7 +15,7 @@ from transformers import Qwen3VLForConditionalGeneration
 
 from grace_core.toy.batched import hidden_states
 from grace_core.toy.conversations import Turn
-from grace_core.toy.encoding import encode_conversation, picture_start
+from grace_core.toy.encoding import Row, encode_conversation
 from grace_core.toy.pictures import render
 from grace_core.toy.tokenizer import END_OF_TEXT, shared_tokenizer
 from grace_core.toy.world import CHOICE_BENCHMARK, YESNO_BENCHMARK, benchmark_item
@@ -23,18 +23,23 @@ from grace_core.toy.world import CHOICE_BENCHMARK, YESNO_BENCHMARK, benchmark_it
 _BATCH = 256
 
 
-def pad_rows(
-    rows: Sequence[tuple[list[int], list[bool]]], *, multiple: int = 1
-) -> tuple[Tensor, Tensor]:
-    """Right-pad rows to (B, L): int64 ids and bool supervision, L a multiple of `multiple`."""
-    length = -(-max(len(ids) for ids, _ in rows) // multiple) * multiple
+def pad_rows(rows: Sequence[Row], *, length: int | None = None) -> dict[str, Tensor]:
+    """Right-pad rows to `length`, by default that of the longest.
+
+    Returns:
+        (B, L) each: `ids` int64, `supervised` bool, `segments` int64 with -1 for padding.
+    """
+    length = max(len(row.ids) for row in rows) if length is None else length
     pad = shared_tokenizer().convert_tokens_to_ids(END_OF_TEXT)
-    padded = torch.full((len(rows), length), pad, dtype=torch.int64)
+    ids = torch.full((len(rows), length), pad, dtype=torch.int64)
     supervised = torch.zeros((len(rows), length), dtype=torch.bool)
-    for row, (ids, mask) in enumerate(rows):
-        padded[row, : len(ids)] = torch.tensor(ids)
-        supervised[row, : len(mask)] = torch.tensor(mask)
-    return padded, supervised
+    segments = torch.full((len(rows), length), -1, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        end = len(row.ids)
+        ids[index, :end] = torch.tensor(row.ids)
+        supervised[index, :end] = torch.tensor(row.supervised)
+        segments[index, :end] = torch.tensor(row.segments)
+    return {"ids": ids, "supervised": supervised, "segments": segments}
 
 
 @torch.inference_mode()
@@ -58,7 +63,7 @@ def score_benchmark(
                 encode_conversation(turn, newline_after_picture=False, max_length=4096)
                 for turn in turns
             ]
-            correct = _exactly_right(model, pixels, *pad_rows(rows))
+            correct = _exactly_right(model, pixels, rows)
             for (_, asked), flag in zip(items, correct.tolist(), strict=True):
                 right[asked.family].append(flag)
         every = [flag for flags in right.values() for flag in flags]
@@ -72,11 +77,10 @@ def score_benchmark(
 
 
 def _exactly_right(
-    model: Qwen3VLForConditionalGeneration, pixels: Tensor, ids: Tensor, supervised: Tensor
+    model: Qwen3VLForConditionalGeneration, pixels: Tensor, rows: Sequence[Row]
 ) -> Tensor:
     """(B,) bool: the arg max equals the target at all supervised positions of the row."""
-    device = model.device
-    pixels, ids, supervised = pixels.to(device), ids.to(device), supervised.to(device)
-    hidden = hidden_states(model, pixels, ids, picture_start())
+    batch = {name: tensor.to(model.device) for name, tensor in pad_rows(rows).items()}
+    hidden = hidden_states(model, pixels.to(model.device), batch["ids"], batch["segments"])
     predicted = model.lm_head(hidden[:, :-1]).argmax(-1)
-    return ((predicted == ids[:, 1:]) | ~supervised[:, 1:]).all(dim=1)
+    return ((predicted == batch["ids"][:, 1:]) | ~batch["supervised"][:, 1:]).all(dim=1)

@@ -1,8 +1,9 @@
 """The toy models' own tokenizer: byte-level BPE, so that any text encodes and decodes back exactly.
 
 The vocabulary: the 256 bytes, seven special tokens of Qwen's names, and merges learnt from a fixed
-sample of the toy world's conversations (they halve the length of a record and more). Words that
-pictures show (`lettering.WORDS`) stay spelt out, so that reading them means reading letters. The
+sample of the toy world's conversations (they halve the length of a record and more). The words that
+pictures show (`lettering.WORDS`) come last, one token each. Without them the tokenizer spells these
+words, letter by letter, in the very same ids; the teacher's pretraining begins that way. The
 models' embeddings are padded to 512 rows, as the real ones' are to a round number.
 
 Special tokens in user text: `tokenizer(text)` would take a literal `<|im_end|>` for the control
@@ -11,6 +12,7 @@ token, as every Hugging Face tokenizer does. Text that is not a rendered chat ha
 text is encoded that way and only the template's own markers as control tokens.
 """
 
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -55,8 +57,11 @@ CHAT_TEMPLATE = (
 _SAMPLE_SIZE = 2000
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Build the tokenizer from nothing: always the same one."""
+def build_tokenizer(*, spelt: bool = False) -> PreTrainedTokenizerFast:
+    """Build the tokenizer from nothing: always the same one.
+
+    spelt: leave out the tokens of whole words, so that pictures' words are spelt.
+    """
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -67,6 +72,8 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator(_sample(), trainer)
+    if not spelt:
+        backend = _with_whole_words(backend)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=IM_END,
@@ -80,14 +87,30 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 
 @cache
-def shared_tokenizer() -> PreTrainedTokenizerFast:
-    """One tokenizer a process, built once."""
-    return build_tokenizer()
+def shared_tokenizer(*, spelt: bool = False) -> PreTrainedTokenizerFast:
+    """One tokenizer of each sort a process, built once."""
+    return build_tokenizer(spelt=spelt)
 
 
 def save_tokenizer(folder: Path) -> None:
     """Write tokenizer.json, tokenizer_config.json and chat_template.jinja into the folder."""
     shared_tokenizer().save_pretrained(folder)
+
+
+def _with_whole_words(backend: Tokenizer) -> Tokenizer:
+    """Append merges until every word, with and without a blank before it, is one token.
+
+    Merges learnt before come first, so no other text is encoded differently.
+    """
+    for word in (form for plain in WORDS for form in (plain, f" {plain}")):
+        while len(tokens := backend.encode(word, add_special_tokens=False).tokens) > 1:
+            state = json.loads(backend.to_str())
+            model = state["model"]
+            model["merges"].append(tokens[:2] if " " not in word else tokens[-2:])
+            model["vocab"]["".join(model["merges"][-1])] = backend.get_vocab_size()
+            backend = Tokenizer.from_str(json.dumps(state))
+    assert backend.get_vocab_size() <= VOCABULARY_SIZE
+    return backend
 
 
 def _sample() -> Iterator[str]:

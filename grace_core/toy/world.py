@@ -142,7 +142,7 @@ def write_benchmark(
     """Write the held-out benchmark: `toy-choice` and `toy-yesno`, each with `items.jsonl`.
 
     Families take turns, right options stand at every letter equally often, half of each family's
-    yes/no questions are true and the counts asked for run from 0 to 4 in turn. So guessing scores
+    yes/no questions are true and the counts asked for run from 0 to 3 in turn. So guessing scores
     `chance_level`: 0.5 for `toy-yesno` and (5 * 0.25 + 0.5) / 6 = 0.2917 for `toy-choice`, where
     `larger` has two options and the other five families four.
 

@@ -79,14 +79,19 @@ def save_checkpoint(
             json.dump(state, stream, indent=1)
             stream.flush()
             os.fsync(stream.fileno())
-        if final.exists():  # a damaged one of the same step, passed over when resuming
-            shutil.rmtree(final)
+        for path in _checkpoints(folder):
+            if path.name >= final.name:  # damaged, and passed over when this run resumed
+                shutil.rmtree(path)
         os.replace(partial, final)
-        kept = sorted(path for path in folder.glob(f"{STEP_PREFIX}*") if path.is_dir())
-        for old in kept[:-keep]:
+        for old in _checkpoints(folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return time.monotonic() - started
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Whole and damaged ones, oldest first."""
+    return sorted(path for path in folder.glob(f"{STEP_PREFIX}*") if path.is_dir())
 
 
 def measured_write_seconds(folder: Path, model: nn.Module) -> float:
@@ -94,7 +99,11 @@ def measured_write_seconds(folder: Path, model: nn.Module) -> float:
 
     Good until the first real checkpoint has been timed.
     """
-    elements = sum(parameter.numel() for _, parameter in unique_parameters(model))
+    # A parameter that ZeRO-3 has sharded has no elements of its own.
+    elements = sum(
+        getattr(parameter, "ds_numel", parameter.numel())
+        for _, parameter in unique_parameters(model)
+    )
     size = elements * _BYTES_A_WEIGHT
     probe = folder / f".probe-{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)

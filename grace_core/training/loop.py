@@ -161,6 +161,9 @@ class Trainer:
         every = self.job.training.checkpoint_every
         rows = iter(self._rows())
         last_saved = self.step
+        stop.write_seconds = checkpoints.measured_write_seconds(
+            self.job.checkpoints, self.student.model
+        )
         try:
             while self.step < self.steps:
                 started = time.monotonic()

@@ -1,0 +1,277 @@
+"""Commands, their options and their help. Whatever is slow to import is imported when it is needed.
+
+A mistake of the user ends with its message on standard error and exit code 1, without a traceback.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from grace_core import __version__
+from grace_core.config import load_config
+from grace_core.errors import GraceError
+
+if TYPE_CHECKING:
+    from grace_core.artifacts import Artifact
+    from grace_core.cli.chain import Chain
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="grace",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Distil and quantize vision-language models with GRACE, one stage or all of them.",
+    epilog="Examples:\n\n"
+    "grace check configs/toy.yaml                    what would it do?\n\n"
+    "grace run configs/toy.yaml --set seed=3         all of it, with another seed\n\n"
+    "grace quantize configs/toy.yaml --variant w4    one stage, and those it needs",
+)
+toy = typer.Typer(no_args_is_help=True, help="Make the toy world: pictures, questions, weights.")
+app.add_typer(toy, name="toy", rich_help_panel="Toy world")
+console = Console()
+
+_STAGE = "One stage (the stages it needs run first; finished ones are kept)"
+
+ConfigFile = Annotated[
+    Path,
+    typer.Argument(help="Configuration file, such as configs/toy.yaml.", show_default=False),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="KEY=VALUE",
+        help="Replace a value of the file, as in data.source.records=200; repeatable.",
+        show_default=False,
+    ),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(
+    rich_help_panel="Whole pipeline",
+    epilog="Example: grace check configs/toy.yaml --set quantize.variants=[w4]",
+)
+def check(config: ConfigFile, settings: Settings = None) -> None:
+    """Check a configuration and show what it would run; nothing is loaded or downloaded.
+
+    Works on any machine: a GPU, data or weights that are not here are warned of. Ends with exit
+    code 1 and all problems at once when the configuration cannot run anywhere.
+    """
+    from grace_core.cli.check import show_plan
+    from grace_core.cli.findings import check_machine
+
+    resolved = load_config(config, settings or [])
+    findings = check_machine(resolved, str(config))
+    show_plan(resolved, findings, console)
+
+
+@app.command(
+    rich_help_panel="Whole pipeline",
+    epilog="Example: grace run configs/toy.yaml --set run_dir=runs/second --set seed=3",
+)
+def run(config: ConfigFile, settings: Settings = None) -> None:
+    """Run every stage that is not done yet, and show the results.
+
+    Stopped at any point, the same command continues: finished stages are kept, and a training
+    goes on from its last checkpoint.
+    """
+    with _chain(config, settings) as chain:
+        published = chain.publication()
+        evaluations = chain.evaluations()
+    _show_results(published, evaluations)
+
+
+@app.command(rich_help_panel=_STAGE)
+def data(config: ConfigFile, settings: Settings = None) -> None:
+    """Prepare the training data: tokens and pictures, unusable records in quarantine."""
+    with _chain(config, settings) as chain:
+        _show_metrics({"data": chain.data()})
+
+
+@app.command(rich_help_panel=_STAGE)
+def teacher(config: ConfigFile, settings: Settings = None) -> None:
+    """Fit the teacher to the data (where the configuration has a section teacher_fit)."""
+    with _chain(config, settings) as chain:
+        _show_metrics({"teacher": chain.teacher()})
+
+
+@app.command(rich_help_panel=_STAGE)
+def distill(config: ConfigFile, settings: Settings = None) -> None:
+    """Train the BF16 student."""
+    with _chain(config, settings) as chain:
+        _show_metrics({"bf16": chain.bf16()})
+
+
+@app.command(rich_help_panel=_STAGE, epilog="Example: grace quantize configs/toy.yaml --variant w4")
+def quantize(
+    config: ConfigFile,
+    settings: Settings = None,
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="w8|w4",
+            help="Precision to train; repeatable. Without: those of the configuration.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Train the quantized students, starting from the BF16 student."""
+    chosen = [f"quantize.variants=[{','.join(variant)}]"] if variant else []
+    with _chain(config, [*(settings or []), *chosen]) as chain:
+        _show_metrics({name: chain.quantized(name) for name in chain.config.quantize.variants})
+
+
+@app.command(rich_help_panel=_STAGE)
+def release(config: ConfigFile, settings: Settings = None) -> None:
+    """Write the students in the form that users load, and prove it equal to what was trained."""
+    with _chain(config, settings) as chain:
+        _show_metrics(chain.releases())
+
+
+@app.command(rich_help_panel=_STAGE)
+def evaluate(config: ConfigFile, settings: Settings = None) -> None:
+    """Score teacher, baseline and releases on the benchmarks."""
+    with _chain(config, settings) as chain:
+        evaluations = chain.evaluations()
+    _show_table(evaluations)
+
+
+@app.command(rich_help_panel=_STAGE)
+def publish(config: ConfigFile, settings: Settings = None) -> None:
+    """Send the releases with their model cards to a directory or the Hugging Face Hub.
+
+    For the Hub, the environment variable HF_TOKEN holds the token.
+    """
+    with _chain(config, settings) as chain:
+        published = chain.publication()
+    _show_releases(published)
+
+
+@toy.command("world", epilog="Example: grace toy world runs/world --records 100")
+def toy_world(
+    folder: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    records: Annotated[int, typer.Option(min=1, help="Training records.")] = 2400,
+    seed: Annotated[int, typer.Option(min=0, help="Of the training records.")] = 0,
+    wrong_answer_share: Annotated[
+        float, typer.Option(min=0.0, max=0.99, help="Share of wrong training answers.")
+    ] = 0.1,
+) -> None:
+    """Write toy pictures with conversations, in ShareGPT4V's schema, and the toy benchmarks."""
+    from grace_core.stages.data import BENCHMARK_SEED
+    from grace_core.toy.world import write_benchmark, write_training_set
+
+    annotations = write_training_set(
+        folder, count=records, seed=seed, wrong_answer_share=wrong_answer_share
+    )
+    typer.echo(annotations)
+    for benchmark in write_benchmark(folder, seed=BENCHMARK_SEED):
+        typer.echo(benchmark)
+
+
+@toy.command(
+    "pretrain",
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def toy_pretrain(context: typer.Context) -> None:
+    """Pretrain the toy teacher or student from random weights (`--help` for its options)."""
+    from grace_core.toy.pretrain import pretrain
+
+    command = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    command.command()(pretrain)
+    command(args=context.args, prog_name="grace toy pretrain")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `grace`; ends the process unless a command just returned."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    signal.signal(signal.SIGTERM, _interrupt)  # ends like Ctrl-C: a training saves and leaves
+    try:
+        app(args=arguments, prog_name="grace")
+    except GraceError as error:
+        Console(stderr=True).print(
+            f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+        )
+        sys.exit(1)
+
+
+@contextmanager
+def _chain(config: Path, settings: list[str] | None) -> Iterator[Chain]:
+    """The configuration's stages, shown while they run."""
+    resolved = load_config(config, settings or [])
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries would tear ours apart
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        with console.status("loading libraries"):
+            from grace_core.cli.chain import Chain
+            from grace_core.cli.live import LiveProgress
+        with LiveProgress(console) as progress:
+            yield Chain(resolved, progress)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command continues where it stopped")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def _show_metrics(artifacts: Mapping[str, Artifact]) -> None:
+    for label, artifact in artifacts.items():
+        metrics = artifact.manifest.metrics
+        shown = "  ".join(f"{name} {value:,.10g}" for name, value in metrics.items())
+        if shown:
+            console.print(f"{label}: {shown}", highlight=False, soft_wrap=True)
+
+
+def _show_table(evaluations: Mapping[str, Artifact]) -> None:
+    from grace_core.publish.release_set import table_of
+
+    console.print()
+    console.print(table_of(evaluations).to_rich())
+
+
+def _show_releases(published: Artifact) -> None:
+    import json
+
+    results = json.loads((published.path / "results.json").read_text(encoding="utf-8"))
+    console.print("\nReleased models:")
+    for label, place in results["releases"].items():
+        console.print(f"  {label:5} {place}", markup=False, highlight=False, soft_wrap=True)
+    file = published.path / "results.json"
+    console.print(f"Results: {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _show_results(published: Artifact, evaluations: Mapping[str, Artifact]) -> None:
+    _show_table(evaluations)
+    _show_releases(published)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt

@@ -1,0 +1,105 @@
+"""The stages in their order, each asked for at most once: how a command finds its inputs.
+
+Asking for a stage asks for those before it; a finished one answers at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+from grace_core import stages
+from grace_core.artifacts import Artifact
+from grace_core.config.model import GraceConfig, Precision
+from grace_core.errors import GraceError
+from grace_core.events import Event
+from grace_core.stages import StageContext
+
+
+class Observer(Protocol):
+    """Is told what happens, while it happens."""
+
+    def started(self, stage: str) -> None:
+        """A stage is looked for, and run unless it is done."""
+
+    def ended(self, stage: str, artifact: Artifact) -> None:
+        """It is there."""
+
+    def on_event(self, event: Event) -> None:
+        """The running stage measured something."""
+
+
+class Chain:
+    """The artifacts of one configuration, made when they are asked for."""
+
+    def __init__(self, config: GraceConfig, observer: Observer) -> None:
+        self.config = config
+        self._observer = observer
+        self._context = StageContext(observer.on_event)
+        self._found: dict[str, Artifact] = {}
+
+    def data(self) -> Artifact:
+        return self._once("data", lambda: stages.prepare_data(self.config, self._context))
+
+    def teacher(self) -> Artifact:
+        """The fitted teacher; raises GraceError where the configuration fits none."""
+        if self.config.teacher_fit is None:
+            raise GraceError(
+                "the configuration has no section teacher_fit, so there is no teacher to fit: "
+                "models.teacher is taken as it is"
+            )
+        data = self.data()
+        return self._once("teacher", lambda: stages.fit_teacher(self.config, data, self._context))
+
+    def bf16(self) -> Artifact:
+        data, teacher = self.data(), self._fitted_teacher()
+        return self._once("bf16", lambda: stages.distill(self.config, data, teacher, self._context))
+
+    def quantized(self, precision: Precision) -> Artifact:
+        data, teacher, bf16 = self.data(), self._fitted_teacher(), self.bf16()
+        return self._once(
+            precision,
+            lambda: stages.quantize(self.config, precision, data, teacher, bf16, self._context),
+        )
+
+    def students(self) -> dict[str, Artifact]:
+        """By label: bf16 and the configured precisions."""
+        bf16 = {"bf16": self.bf16()}
+        return bf16 | {name: self.quantized(name) for name in self.config.quantize.variants}
+
+    def releases(self) -> dict[str, Artifact]:
+        """By label, as `students`."""
+        return {label: self._release(label, model) for label, model in self.students().items()}
+
+    def evaluations(self) -> dict[str, Artifact]:
+        """By label of the results table's row."""
+        releases = self.releases()
+        rows = {"teacher": self._fitted_teacher(), "baseline": None, **releases}
+        return {label: self._evaluation(label, model) for label, model in rows.items()}
+
+    def publication(self) -> Artifact:
+        releases, evaluations = self.releases(), self.evaluations()
+        return self._once(
+            "publish",
+            lambda: stages.publish(self.config, releases, evaluations, self._context),
+        )
+
+    def _fitted_teacher(self) -> Artifact | None:
+        return None if self.config.teacher_fit is None else self.teacher()
+
+    def _release(self, label: str, model: Artifact) -> Artifact:
+        return self._once(
+            f"release-{label}", lambda: stages.release(self.config, model, self._context)
+        )
+
+    def _evaluation(self, label: str, model: Artifact | None) -> Artifact:
+        return self._once(
+            f"evaluate-{label}", lambda: stages.evaluate(self.config, label, model, self._context)
+        )
+
+    def _once(self, stage: str, make: Callable[[], Artifact]) -> Artifact:
+        if stage not in self._found:
+            self._observer.started(stage)
+            self._found[stage] = make()
+            self._observer.ended(stage, self._found[stage])
+        return self._found[stage]
