@@ -108,7 +108,7 @@ def test_a_failure_names_stage_code_and_reason(tmp_path: Path) -> None:
 
 
 def test_a_signal_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ProcessGroupFailed, match="SIGKILL.*out of memory") as caught:
+    with pytest.raises(ProcessGroupFailed, match=r"SIGKILL.*out of memory") as caught:
         run(command("import os; os.kill(os.getpid(), 9)"), tmp_path)
     assert caught.value.exit_code == -signal.SIGKILL
 

@@ -1,7 +1,6 @@
 """Training in process groups: gradients, precision, exact resume, stopping and divergence.
 
-Two groups run beside each other, one of two ranks and one of one rank; each goes through many small
-trainings (`tests.training_process`), since starting a process costs more than training there. The
+Two groups run one after the other, of two ranks and of one; each goes through many small trainings (`tests.training_process`), since starting a process costs more than training there. The
 real entry point is started for what only a real process can show.
 """
 
@@ -250,22 +249,18 @@ def long_job(world: World, name: str) -> dict[str, Any]:
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = make_world(tmp_path_factory.mktemp("training"))
     cases = {2: cases_of_two(world), 1: cases_of_one(world)}
-    running = {}
-    try:
-        for ranks, of_group in cases.items():
-            folder = world.root / f"group-{ranks}"
-            folder.mkdir()
-            (folder / "cases.json").write_text(json.dumps(of_group), encoding="utf-8")
-            arguments = [str(folder / "cases.json"), str(folder)]
-            running[ranks] = start("tests.training_process", arguments, ranks, folder / "logs")
-        for ranks, process in running.items():
+    # One after the other: ranks that wait for one another spin, which starves whoever else runs.
+    for ranks, of_group in cases.items():
+        folder = world.root / f"group-{ranks}"
+        folder.mkdir()
+        (folder / "cases.json").write_text(json.dumps(of_group), encoding="utf-8")
+        arguments = [str(folder / "cases.json"), str(folder)]
+        process = start("tests.training_process", arguments, ranks, folder / "logs")
+        try:
             code = process.wait(GROUP_SECONDS)
-            assert code == 0, (world.root / f"group-{ranks}" / "logs" / "output").read_text()[
-                -3000:
-            ]
-    finally:
-        for process in running.values():
+        finally:
             end(process)
+        assert code == 0, output_of(folder / "logs")
     for ranks, of_group in cases.items():
         for case in of_group:
             file = world.root / f"group-{ranks}" / f"{case['name']}.json"
@@ -283,6 +278,11 @@ def start(module: str, arguments: list[str], ranks: int, logs: Path) -> subproce
             stderr=output,
             env=os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         )
+
+
+def output_of(logs: Path) -> str:
+    """The end of what a group wrote, to be shown when it failed."""
+    return (logs / "output").read_text(encoding="utf-8", errors="replace")[-4000:]
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -310,7 +310,7 @@ def distance(found: dict[str, Tensor], expected: dict[str, Tensor], prefix: str)
 
 @pytest.fixture(scope="module")
 def oracle(world: World) -> tuple[StepTerms, dict[str, Tensor], float]:
-    """Terms of the first step in float64 from the unpacked samples, gradients, and mean of means."""
+    """Terms of the first step in float64 from unpacked samples, gradients, mean of means."""
     folder = read_checkpoint(world.root / "student")
     visual = VisualInputs(folder, min_pixels=1024, max_pixels=16384)
     data = load_from_disk(str(world.root / "data"))
@@ -530,7 +530,7 @@ def test_sigterm_to_the_agent_saves_and_ends_every_process(world: World) -> None
     try:
         deadline = time.monotonic() + 120
         while len(read_events(work / "metrics.jsonl")) < 3:
-            assert agent.poll() is None, (work / "first" / "output").read_text()[-3000:]
+            assert agent.poll() is None, output_of(work / "first")
             assert time.monotonic() < deadline
             ranks |= set(psutil.Process(agent.pid).children(recursive=True))
             time.sleep(0.02)
@@ -549,7 +549,7 @@ def test_sigterm_to_the_agent_saves_and_ends_every_process(world: World) -> None
 
     agent = run_worker(world, "second", job, 2)
     try:
-        assert agent.wait(120) == 0, (work / "second" / "output").read_text()[-3000:]
+        assert agent.wait(120) == 0, output_of(work / "second")
     finally:
         end(agent)
     assert world.outcome(2, "long-whole")["finished"]

@@ -10,6 +10,7 @@ case raises is left as {"error": [type, text]}; it must be raised by all ranks a
 from __future__ import annotations
 
 import faulthandler
+import gc
 import json
 import logging
 import os
@@ -40,7 +41,7 @@ Outcome = tuple[dict[str, Any], dict[str, Tensor]]
 
 
 def first_step(case: dict[str, Any], job: TrainingJob) -> Outcome:
-    """One optimizer step: what DeepSpeed made of the model, what was measured, and the gradients."""
+    """One optimizer step: what DeepSpeed made of the model, what was measured, the gradients."""
     trainer = Trainer(job, CPU)
     facts = _facts(trainer)
     gradients: dict[str, Tensor] = {}
@@ -157,7 +158,9 @@ ACTIONS: dict[str, Callable[[dict[str, Any], TrainingJob], Outcome]] = {
 
 
 def main(cases: Path, out: Path) -> None:
-    faulthandler.dump_traceback_later(60)
+    # DeepSpeed collects garbage a dozen times while it sets up; what the imports left stays anyway.
+    gc.freeze()
+    faulthandler.dump_traceback_later(250)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     dist.init_process_group("gloo")
     for case in json.loads(cases.read_text(encoding="utf-8")):

@@ -95,7 +95,9 @@ def _measured(event: Event) -> tuple[float, float | None, str]:
     if event.kind == "train":
         terms = ("cross_entropy", "distillation", "relational", "beta")
         losses = "  ".join(f"{name} {values[name]:.3f}" for name in terms if name in values)
-        return event.step, values["steps"], f"step {event.step}/{values['steps']:.0f}  {losses}"
+        total = values.get("steps")
+        of = "" if total is None else f"/{total:.0f}"
+        return event.step, total, f"step {event.step}{of}  {losses}"
     totals = [name for name in values if name.endswith("/total")]
     if totals:
         name = totals[0].removesuffix("/total")

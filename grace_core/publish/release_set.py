@@ -1,4 +1,4 @@
-"""The releases of one run together: results table, model cards, and their way to the destination."""
+"""The releases of one run: results table, model cards, and their way to the destination."""
 
 from __future__ import annotations
 
