@@ -1,7 +1,8 @@
 """Training in process groups: gradients, precision, exact resume, stopping and divergence.
 
-Two groups run one after the other, of two ranks and of one; each goes through many small trainings (`tests.training_process`), since starting a process costs more than training there. The
-real entry point is started for what only a real process can show.
+Two groups run one after the other, of two ranks and of one; each goes through many small trainings
+(`tests.training_process`), since starting a process costs more than training there. The real entry
+point is started for what only a real process can show.
 """
 
 from __future__ import annotations

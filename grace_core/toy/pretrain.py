@@ -60,7 +60,7 @@ class Recipe:
         learning_rate: the peak, of Muon (scaled to AdamW's update size) and AdamW alike.
         max_length: tokens a row; as many turns are asked as fit.
         spelt: the words that pictures show are spelt instead of one token each.
-        word_share: of the pictures, those that show a word.
+        word_share: of the pictures, those that show a word; None leaves it to the world.
         independent_share: of the rows, those whose questions do not see each other. Else later
             answers can be read off earlier ones, which teaches the models to look less.
     """
@@ -74,7 +74,7 @@ class Recipe:
     clip_norm: float = 1.0
     max_length: int = 128
     spelt: bool = False
-    word_share: float = 0.4
+    word_share: float | None = None
     independent_share: float = 0.8
 
     def mixture_at(self, step: int) -> Mixture:
@@ -123,7 +123,8 @@ class _Batches(Dataset[dict[str, Tensor]]):
         pictures, rows = [], []
         for record in range(first, first + self.recipe.batch_size):
             rng = stream("pretrain", self.seed, record)
-            with_word = rng.random() < self.recipe.word_share
+            share = self.recipe.word_share
+            with_word = None if share is None else rng.random() < share
             scene = draw_scene(rng, held_out=False, with_word=with_word)
             turns = converse(scene, self.recipe.mixture_at(index), rng)
             pictures.append(render(scene))
