@@ -84,7 +84,7 @@ system-deps: ## Install system packages: compiler, and what some tests need (roo
 	run=; if [ "$$(id -u)" != 0 ]; then run="sudo -n"; fi; \
 	if [ -n "$$run" ] && ! sudo -n true 2>/dev/null; then \
 		echo "Missing:$$missing. Ask an administrator for: apt-get install$$missing" >&2; exit 1; fi; \
-	set -x; $$run apt-get update -q; \
+	set -x; $$run apt-get -o Acquire::http::Timeout=20 update -q; \
 	$$run env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing
 
 .PHONY: toy-weights

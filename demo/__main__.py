@@ -23,6 +23,7 @@ from grace_core.errors import GraceError
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOYMENT = "grace/full-pipeline"
+_INTERRUPTED = 130  # the shell's code for Ctrl-C
 _CANCEL_SECONDS = 40.0  # Prefect kills a cancelled run after 30
 
 app = typer.Typer(add_completion=False, no_args_is_help=True)
@@ -95,7 +96,10 @@ def _cancel(api: PrefectApi, flow_run_id: str) -> None:
     console.print("Cancelling the run ...")
     api.cancel(flow_run_id)
     deadline = time.monotonic() + _CANCEL_SECONDS
-    while time.monotonic() < deadline and not api.flow_run(flow_run_id).is_final:
+    while not api.flow_run(flow_run_id).is_final:
+        if time.monotonic() > deadline:
+            api.mark_cancelled(flow_run_id)
+            return
         time.sleep(0.5)
 
 
@@ -118,17 +122,18 @@ def _interrupt(*_: object) -> NoReturn:
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, _interrupt)  # ends like Ctrl-C: nothing stays behind
+    for number in (signal.SIGINT, signal.SIGTERM):  # SIGINT too: a shell's `&` switches it off
+        signal.signal(number, _interrupt)
     try:
-        app(standalone_mode=False)
-    except (KeyboardInterrupt, typer.Abort):  # which of them depends on where it struck
-        console.print("interrupted")
-        sys.exit(130)
-    except typer.Exit as error:
-        sys.exit(error.exit_code)
+        exit_code = app(standalone_mode=False)  # typer answers an interruption with its code
+    except (KeyboardInterrupt, typer.Abort):
+        exit_code = _INTERRUPTED
     except GraceError as error:
         console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
-        sys.exit(1)
+        exit_code = 1
+    if exit_code == _INTERRUPTED:
+        console.print("interrupted")
+    sys.exit(exit_code or 0)
 
 
 if __name__ == "__main__":

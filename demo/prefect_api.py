@@ -69,8 +69,13 @@ class PrefectApi:
         ]
 
     def cancel(self, flow_run_id: str) -> None:
-        """Ask for a cancellation; the worker then ends the run."""
+        """Ask for a cancellation; the worker then ends the run and says so."""
         body = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+        self._call("POST", f"/flow_runs/{flow_run_id}/set_state", body)
+
+    def mark_cancelled(self, flow_run_id: str) -> None:
+        """Record that a run is over when its worker will not be there to do so."""
+        body = {"state": {"type": "CANCELLED", "name": "Cancelled"}, "force": True}
         self._call("POST", f"/flow_runs/{flow_run_id}/set_state", body)
 
     def _call(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:

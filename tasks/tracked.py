@@ -30,7 +30,7 @@ from grace_core.events import read_events
 from grace_core.stages import StageContext
 from tasks.forwarding import MetricForwarder, TrackingUnavailable
 from tasks.lineage import MODEL_STAGES, add_model, ancestry_table, find_model, link_inputs
-from tasks.runs import StageRun, end_after_error, finished_run, log_manifest, open_parent_run
+from tasks.mlflow_runs import StageRun, end_after_error, finished_run, log_manifest, open_parent_run
 
 P = ParamSpec("P")
 

@@ -19,7 +19,7 @@ from grace_core.events import Event
 from grace_core.stages import StageContext
 from tasks.forwarding import MetricForwarder, TrackingUnavailable
 from tasks.lineage import log_scores, register_release
-from tasks.runs import open_parent_run
+from tasks.mlflow_runs import open_parent_run
 from tasks.tracked import StageRef, run_stage
 from tests.stand_in_stages import StandIns, checkpoint
 

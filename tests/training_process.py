@@ -122,8 +122,13 @@ def _facts(trainer: Trainer) -> dict[str, Any]:
 def train(case: dict[str, Any], job: TrainingJob) -> Outcome:
     """The whole job; the last rank is told to stop in step `sigterm_after`, where that is given.
 
-    After step `poison_after` a weight of the first rank becomes NaN.
+    After step `poison_after` a weight of the first rank becomes NaN. With `damage`, a byte of the
+    newest checkpoint has changed before the run continues.
     """
+    if case.get("damage") and dist.get_rank() == 0:
+        newest = max(job.checkpoints.glob("step-*"))
+        _flip_a_byte(newest / "optimizer-00000.safetensors")
+    dist.barrier()
     stop = StopSignal()
     stop.listen()
     plain_step = Trainer.optimizer_step
@@ -149,6 +154,12 @@ def train(case: dict[str, Any], job: TrainingJob) -> Outcome:
         Trainer.optimizer_step = plain_step  # type: ignore[method-assign]
         loop.log.removeHandler(handler)
     return {"finished": finished, "log": records}, {}
+
+
+def _flip_a_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 ACTIONS: dict[str, Callable[[dict[str, Any], TrainingJob], Outcome]] = {
