@@ -33,7 +33,8 @@ class Mixture:
 
     Attributes:
         forms: relative weight of `free`, `yesno`, `mcq` and `describe` turns.
-        choice_families: families that multiple choice asks about (all by default).
+        closed_families: families that yes/no questions and multiple choice ask about (all by
+            default).
         turns: least and greatest number of turns.
         wrong_answer_share: share of turns whose answer is wrong, in [0, 1).
     """
@@ -41,7 +42,7 @@ class Mixture:
     forms: Mapping[str, float] = field(
         default_factory=lambda: {"free": 0.3, "yesno": 0.3, "mcq": 0.3, "describe": 0.1}
     )
-    choice_families: tuple[str, ...] = tuple(FAMILIES)
+    closed_families: tuple[str, ...] = tuple(FAMILIES)
     turns: tuple[int, int] = (1, 3)
     wrong_answer_share: float = 0.0
 
@@ -79,7 +80,7 @@ def _next_question(
 ) -> Question | None:
     """Take the first family that the scene offers and the form allows off the list."""
     for family in list(families):
-        if form == "mcq" and family not in mixture.choice_families:
+        if form in ("yesno", "mcq") and family not in mixture.closed_families:
             continue
         question = think_of(family, scene, rng)
         if question is not None:

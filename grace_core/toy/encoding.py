@@ -33,9 +33,9 @@ def picture_start() -> int:
 
 
 @cache
-def encode(text: str, spelt: bool = False) -> tuple[int, ...]:
-    """Ids of a piece of rendered chat (special tokens are recognised), its words whole or spelt."""
-    return tuple(shared_tokenizer(spelt=spelt)(text).input_ids)
+def encode(text: str) -> tuple[int, ...]:
+    """Ids of a piece of rendered chat; special tokens are recognised."""
+    return tuple(shared_tokenizer()(text).input_ids)
 
 
 @dataclass
@@ -62,15 +62,13 @@ def encode_conversation(
     newline_after_picture: bool,
     max_length: int,
     independent: bool = False,
-    spelt: bool = False,
 ) -> Row:
     """Encode a conversation about one picture.
 
     The assistant's text and its end-of-turn token are supervised. Turns that do not fit
     `max_length` are left out, the first must fit. A line break between picture and text, as
     ShareGPT4V's "<image>\\n" leaves it, is optional. With `independent`, each turn is encoded as
-    the first one of a conversation of its own, all sharing the picture. With `spelt`, the words
-    that pictures show are letters instead of one token each.
+    the first one of a conversation of its own, all sharing the picture.
     """
     header = encode(f"{IM_START}assistant\n")
     row = Row([], [], [])
@@ -79,8 +77,8 @@ def encode_conversation(
         first = independent or index == 0
         opening = () if first else encode(f"{IM_START}user\n")
         line_break = "\n" if first and newline_after_picture else ""
-        asked = (*opening, *encode(f"{line_break}{turn.prompt}{IM_END}\n", spelt), *header)
-        reply = encode(f"{IM_START}assistant\n{turn.answer}{IM_END}", spelt)[len(header) :]
+        asked = (*opening, *encode(f"{line_break}{turn.prompt}{IM_END}\n"), *header)
+        reply = encode(f"{IM_START}assistant\n{turn.answer}{IM_END}")[len(header) :]
         if index and len(row.ids) + len(asked) + len(reply) + 1 > max_length:
             continue
         segment = index + 1 if independent else 1

@@ -4,12 +4,9 @@ Plain PyTorch: Muon and AdamW, linear warm-up and cosine decay, cross-entropy on
 tokens, a fresh stream of generated records (no record is seen twice, none is wrong), bf16 autocast;
 weights are kept in fp32 and saved in bf16.
 
-The teacher is made in two runs: first it learns to look (captions and short answers) and then
-everything, with the pictures' words spelt letter by letter; a second run goes on from there with
-those words as single tokens (`CONTINUATIONS`). The student is made a model with something to learn:
-it learns to look, so that its vision tower knows shapes, colours, places and words, but meets the
-benchmark's forms for a short time only, at the end and in a run that goes on from there. What it
-lacks is mostly in the decoder, which is what distillation trains.
+Both learn to look first (captions and short answers) and then everything. The student goes on with
+captions alone, which makes it a model with something to learn: its vision tower knows shapes,
+colours, places and words, but its decoder has half forgotten how to answer questions.
 """
 
 import copy
@@ -20,7 +17,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,34 +44,30 @@ PROVENANCE_FILE = "provenance.json"
 BENCHMARK_SEED = 2026
 """Seed of the held-out benchmark that the shipped scores refer to."""
 
-_SNAPSHOT_STEPS = 100
+_SNAPSHOT_STEPS = 500
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How one role is pretrained.
+    """One run of training.
 
     Attributes:
         phases: mixtures in their order, each with the share of the steps at which it ends.
         steps: optimizer steps; a step sees `batch_size` records.
         learning_rate: the peak, of Muon (scaled to AdamW's update size) and AdamW alike.
         max_length: tokens a row; as many turns are asked as fit.
-        spelt: the words that pictures show are spelt instead of one token each.
-        word_share: of the pictures, those that show a word; None leaves it to the world.
         independent_share: of the rows, those whose questions do not see each other. Else later
             answers can be read off earlier ones, which teaches the models to look less.
     """
 
     phases: tuple[tuple[float, Mixture], ...]
     steps: int
-    batch_size: int = 64
+    batch_size: int = 256
     learning_rate: float = 3e-3
     warmup_steps: int = 40
     weight_decay: float = 0.01
     clip_norm: float = 1.0
     max_length: int = 128
-    spelt: bool = False
-    word_share: float | None = None
     independent_share: float = 0.8
 
     def mixture_at(self, step: int) -> Mixture:
@@ -87,32 +80,24 @@ _EVERYTHING = Mixture(
     forms={"describe": 0.15, "free": 0.25, "yesno": 0.3, "mcq": 0.3}, turns=_TURNS
 )
 
-RECIPES: dict[Role, Recipe] = {
-    "teacher": Recipe(
-        phases=((0.35, _LOOKING), (1.0, _EVERYTHING)), steps=2000, batch_size=32, spelt=True
-    ),
-    "student": Recipe(phases=((0.8, _LOOKING), (1.0, _EVERYTHING)), steps=1000, batch_size=32),
-}
-"""From random weights."""
+_CAPTIONS = Mixture(forms={"describe": 1.0}, turns=(1, 1))
 
-CONTINUATIONS: dict[Role, Recipe] = {
-    "teacher": Recipe(
-        phases=((0.5, _LOOKING), (1.0, _EVERYTHING)),
-        steps=600,
-        batch_size=32,
-        learning_rate=2e-3,
-        word_share=0.85,
+RECIPES: dict[Role, tuple[Recipe, ...]] = {
+    "teacher": (Recipe(phases=((0.3, _LOOKING), (1.0, _EVERYTHING)), steps=2600),),
+    "student": (
+        Recipe(phases=((0.25, _LOOKING), (1.0, _EVERYTHING)), steps=1400),
+        Recipe(phases=((1.0, _CAPTIONS),), steps=150, batch_size=32, warmup_steps=10),
     ),
-    "student": Recipe(phases=((1.0, _EVERYTHING),), steps=500, batch_size=32, learning_rate=2e-3),
 }
-"""From the weights of a run before."""
+"""Runs one after another, each with a schedule and optimizers of its own."""
 
 
 class _Batches(Dataset[dict[str, Tensor]]):
-    """Batch number `index` of the stream, a function of (seed, index) alone."""
+    """Batch number `index` of the stream, a function of (stream_name, seed, index) alone."""
 
-    def __init__(self, recipe: Recipe, seed: int) -> None:
+    def __init__(self, recipe: Recipe, stream_name: str, seed: int) -> None:
         self.recipe = recipe
+        self.stream_name = stream_name
         self.seed = seed
 
     def __len__(self) -> int:
@@ -122,10 +107,8 @@ class _Batches(Dataset[dict[str, Tensor]]):
         first = index * self.recipe.batch_size
         pictures, rows = [], []
         for record in range(first, first + self.recipe.batch_size):
-            rng = stream("pretrain", self.seed, record)
-            share = self.recipe.word_share
-            with_word = None if share is None else rng.random() < share
-            scene = draw_scene(rng, held_out=False, with_word=with_word)
+            rng = stream(self.stream_name, self.seed, record)
+            scene = draw_scene(rng, held_out=False)
             turns = converse(scene, self.recipe.mixture_at(index), rng)
             pictures.append(render(scene))
             rows.append(
@@ -134,7 +117,6 @@ class _Batches(Dataset[dict[str, Tensor]]):
                     newline_after_picture=rng.random() < 0.5,
                     max_length=self.recipe.max_length,
                     independent=rng.random() < self.recipe.independent_share,
-                    spelt=self.recipe.spelt,
                 )
             )
         pixels = torch.from_numpy(np.stack(pictures))
@@ -183,26 +165,20 @@ def build_optimizers(
 
 def train(
     role: Role,
-    recipe: Recipe,
+    recipes: tuple[Recipe, ...],
     *,
     seed: int,
     device: torch.device,
     workers: int,
     compiled: bool,
     snapshot: Path,
-    start: Path | None,
 ) -> Qwen3VLForConditionalGeneration:
-    """Train the role's model from random weights or those in `start`; returns it in fp32.
+    """Train the role's model from random weights, recipe after recipe; returns it in fp32.
 
     Every `_SNAPSHOT_STEPS` steps the weights so far are written to `snapshot`.
     """
     torch.set_float32_matmul_precision("high")
-    model = build_model(role, seed=seed)
-    if start is not None:
-        model.load_state_dict(
-            Qwen3VLForConditionalGeneration.from_pretrained(start, dtype=torch.float32).state_dict()
-        )
-    model = model.to(device).train()
+    model = build_model(role, seed=seed).to(device).train()
     if device.type == "cpu":
         model.set_attn_implementation("eager")  # the fused kernel's backward is slow here
     encode: Encoder = encode_pictures
@@ -210,35 +186,49 @@ def train(
         encode = torch.compile(encode_pictures, dynamic=False)
         for layer in model.model.language_model.layers:
             layer.compile(dynamic=False)
-    optimizers = build_optimizers(model, recipe)
     shared_tokenizer()  # built once here, inherited by the workers
     started = time.monotonic()
-    for step, batch in enumerate(_stream(recipe, seed, workers, device)):
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = learning_rate_at(step, recipe)
-        with torch.autocast(device.type, torch.bfloat16):
-            loss = supervised_loss(model, batch, encode)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0 or step + 1 == recipe.steps:
-            seconds = time.monotonic() - started
-            print(f"{role} step {step} loss {loss.item():.4f} {seconds:.0f} s", flush=True)
-        if step and step % _SNAPSHOT_STEPS == 0:
-            # A copy: it leaves the compiled code and its shapes alone.
-            copied = copy.deepcopy(model).eval()
-            print(f"{role} step {step} scores {_headline(_score(copied, 240, 240))}", flush=True)
-            save_checkpoint(copied, snapshot)
+    for run, recipe in enumerate(recipes):
+        optimizers = build_optimizers(model, recipe)
+        for step, batch in enumerate(_stream(recipe, f"pretrain/{run}", seed, workers, device)):
+            loss = _step(model, batch, encode, optimizers, step, recipe)
+            if step % 20 == 0 or step + 1 == recipe.steps:
+                figures = f"loss {loss.item():.4f} {time.monotonic() - started:.0f} s"
+                print(f"{role} run {run} step {step} {figures}", flush=True)
+            if step and step % _SNAPSHOT_STEPS == 0:
+                # A copy: it leaves the compiled code and its shapes alone.
+                copied = copy.deepcopy(model).eval()
+                print(f"{role} run {run} step {step} {_headline(_score(copied, 240, 240))}")
+                save_checkpoint(copied, snapshot)
     return model.eval()
 
 
+def _step(
+    model: Qwen3VLForConditionalGeneration,
+    batch: dict[str, Tensor],
+    encode: Encoder,
+    optimizers: list[torch.optim.Optimizer],
+    step: int,
+    recipe: Recipe,
+) -> Tensor:
+    """One optimizer step; returns its loss in nats a supervised token."""
+    for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+        group["lr"] = learning_rate_at(step, recipe)
+    with torch.autocast(batch["pixels"].device.type, torch.bfloat16):
+        loss = supervised_loss(model, batch, encode)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_norm)
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
 def _stream(
-    recipe: Recipe, seed: int, workers: int, device: torch.device
+    recipe: Recipe, name: str, seed: int, workers: int, device: torch.device
 ) -> Iterator[dict[str, Tensor]]:
     loader = DataLoader(
-        _Batches(recipe, seed),
+        _Batches(recipe, name, seed),
         batch_size=None,
         num_workers=workers,
         prefetch_factor=8 if workers else None,
@@ -268,11 +258,6 @@ def _headline(scores: dict[str, float]) -> str:
 def pretrain(
     role: Annotated[Role, typer.Argument(help="teacher or student")],
     out: Annotated[Path, typer.Argument(help="directory to write, must not exist yet")],
-    start: Annotated[
-        Path | None, typer.Option(help="checkpoint to go on from, else random weights")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="optimizer steps, else the recipe's")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="records a step")] = None,
     seed: Annotated[int, typer.Option(help="of weights and data")] = 0,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto")] = "auto",
     workers: Annotated[int, typer.Option(help="data processes; 0 = in the trainer")] = 0,
@@ -283,12 +268,6 @@ def pretrain(
     """Pretrain the toy teacher or student on a fresh stream of records."""
     if out.exists():
         raise GraceError(f"Toy pretraining: {out} exists; name a new directory or remove it.")
-    recipe = (RECIPES if start is None else CONTINUATIONS)[role]
-    recipe = replace(
-        recipe,
-        steps=recipe.steps if steps is None else steps,
-        batch_size=recipe.batch_size if batch_size is None else batch_size,
-    )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -296,38 +275,33 @@ def pretrain(
     partial = out.with_name(out.name + ".partial")
     model = train(
         role,
-        recipe,
+        RECIPES[role],
         seed=seed,
         device=torch.device(device),
         workers=workers,
         compiled=compiled,
         snapshot=partial,
-        start=start,
     )
     # Scored as it will be loaded: weights rounded to bf16.
     model = copy.deepcopy(model).to(torch.bfloat16).float()
     scores = _score(model, 1200, 1200)
     print(f"{role} done: {_headline(scores)}", flush=True)
     save_checkpoint(model, partial)
-    provenance = _provenance(role, recipe, seed, device, scores, time.monotonic() - started)
-    if start is not None:
-        provenance["command"] += " --start START"
-        provenance["start"] = json.loads((start / PROVENANCE_FILE).read_text(encoding="utf-8"))
+    provenance = _provenance(role, seed, device, scores, time.monotonic() - started)
     text = json.dumps(provenance, indent=2) + "\n"
     (partial / PROVENANCE_FILE).write_text(text, encoding="utf-8")
     os.replace(partial, out)
 
 
 def _provenance(
-    role: str, recipe: Recipe, seed: int, device: str, scores: dict[str, float], seconds: float
+    role: Role, seed: int, device: str, scores: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     return {
         "role": role,
-        "command": f"python -m grace_core.toy.pretrain {role} OUT --steps {recipe.steps} "
-        f"--batch-size {recipe.batch_size} --seed {seed}",
+        "command": f"grace toy pretrain {role} OUT --seed {seed}",
         "seed": seed,
-        "recipe": asdict(recipe),
-        "records_seen": recipe.steps * recipe.batch_size,
+        "recipes": [asdict(recipe) for recipe in RECIPES[role]],
+        "records_seen": sum(recipe.steps * recipe.batch_size for recipe in RECIPES[role]),
         "device": torch.cuda.get_device_name() if device == "cuda" else platform.machine(),
         "seconds": round(seconds),
         "scores": {

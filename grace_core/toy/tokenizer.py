@@ -2,9 +2,8 @@
 
 The vocabulary: the 256 bytes, seven special tokens of Qwen's names, and merges learnt from a fixed
 sample of the toy world's conversations (they halve the length of a record and more). The words that
-pictures show (`lettering.WORDS`) come last, one token each. Without them the tokenizer spells these
-words, letter by letter, in the very same ids; the teacher's pretraining begins that way. The
-models' embeddings are padded to 512 rows, as the real ones' are to a round number.
+pictures show (`lettering.WORDS`) come last, one token each. The models' embeddings are padded to
+512 rows, as the real ones' are to a round number.
 
 Special tokens in user text: `tokenizer(text)` would take a literal `<|im_end|>` for the control
 token, as every Hugging Face tokenizer does. Text that is not a rendered chat has to be encoded with
@@ -57,11 +56,8 @@ CHAT_TEMPLATE = (
 _SAMPLE_SIZE = 2000
 
 
-def build_tokenizer(*, spelt: bool = False) -> PreTrainedTokenizerFast:
-    """Build the tokenizer from nothing: always the same one.
-
-    spelt: leave out the tokens of whole words, so that pictures' words are spelt.
-    """
+def build_tokenizer() -> PreTrainedTokenizerFast:
+    """Build the tokenizer from nothing: always the same one."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     backend.decoder = decoders.ByteLevel()
@@ -72,8 +68,7 @@ def build_tokenizer(*, spelt: bool = False) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator(_sample(), trainer)
-    if not spelt:
-        backend = _with_whole_words(backend)
+    backend = _with_whole_words(backend)
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
         eos_token=IM_END,
@@ -87,9 +82,9 @@ def build_tokenizer(*, spelt: bool = False) -> PreTrainedTokenizerFast:
 
 
 @cache
-def shared_tokenizer(*, spelt: bool = False) -> PreTrainedTokenizerFast:
-    """One tokenizer of each sort a process, built once."""
-    return build_tokenizer(spelt=spelt)
+def shared_tokenizer() -> PreTrainedTokenizerFast:
+    """One tokenizer a process, built once."""
+    return build_tokenizer()
 
 
 def save_tokenizer(folder: Path) -> None:

@@ -421,6 +421,9 @@ def _deepspeed_engine(
     settings = deepspeed_settings(
         job.training, processes=processes, device="cuda" if device.type == "cuda" else "cpu"
     )
+    # DeepSpeed would compile an operator that its inference alone uses. The lock of that build
+    # outlives a killed process, and every later start would wait for it, for ever and silently.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     engine, *_ = deepspeed.initialize(
         model=student,
         optimizer=weight_optimizer(student, job.training),
