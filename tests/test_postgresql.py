@@ -1,0 +1,129 @@
+"""The whole flow against a Prefect server whose database is PostgreSQL, as teams run it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+from prefect import get_client
+
+from flows.pipeline import grace
+from grace_core.launch import end_process_group, start_process_group
+from tests.prefect_client import prefect_at
+from tests.stand_in_stages import StandIns
+
+ROOT = Path(__file__).resolve().parent.parent
+HOST = "127.0.0.1"
+BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not BINARIES or (os.geteuid() == 0 and shutil.which("runuser") is None),
+        reason="no PostgreSQL; `make system-deps` installs it",
+    ),
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def database() -> Iterator[str]:
+    """Address of a cluster of this test's own; PostgreSQL refuses to run as root."""
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    made = subprocess.run(
+        [*as_user, "mktemp", "-d", "/tmp/grace-postgresql-XXXXXX"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    folder, port = Path(made.stdout.strip()), free_port()
+    control = [*as_user, str(BINARIES[-1] / "pg_ctl"), "-D", str(folder / "data"), "-w", "-s"]
+    settings = f"-h {HOST} -p {port} -k {folder} -c fsync=off"
+    try:
+        subprocess.run([*control, "initdb", "-o", "-A trust -U prefect"], check=True, cwd="/tmp")
+        log = str(folder / "log")
+        subprocess.run([*control, "-o", settings, "-l", log, "start"], check=True, cwd="/tmp")
+        try:
+            yield f"postgresql+asyncpg://prefect@{HOST}:{port}/postgres"
+        finally:
+            subprocess.run([*control, "-m", "immediate", "stop"], check=True, cwd="/tmp")
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.fixture
+def prefect_api(database: str, tmp_path: Path) -> Iterator[str]:
+    """Address of a Prefect server on that database."""
+    port = free_port()
+    environment = os.environ | {
+        "PREFECT_API_DATABASE_CONNECTION_URL": database,
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    }
+    environment.pop("PREFECT_API_URL", None)
+    log = tmp_path / "prefect-server.log"
+    with log.open("wb") as stream:
+        server = start_process_group(
+            [
+                *(sys.executable, "-m", "prefect", "server", "start"),
+                *("--host", HOST, "--port", str(port)),
+            ],
+            env=environment,
+            stdout=stream,
+            stderr=stream,
+            folder=ROOT,
+        )
+    try:
+        address = f"http://{HOST}:{port}/api"
+        deadline = time.monotonic() + 240
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/health", timeout=5).close()
+                break
+            except (urllib.error.URLError, OSError):
+                assert server.poll() is None, log.read_text()
+                assert time.monotonic() < deadline, log.read_text()
+                time.sleep(0.2)
+        yield address
+    finally:
+        end_process_group(server, set(), grace_seconds=5.0)
+
+
+def test_the_flow_runs_and_finds_its_stages_done(
+    prefect_api: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    stages = StandIns()
+    stages.install(monkeypatch)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    overrides = [f"run_dir={tmp_path}/run"]
+    try:
+        with prefect_at(prefect_api):
+            first = grace("configs/toy.yaml", overrides)
+            assert stages.made.pop() == "publish"
+            stages.made.clear()
+            assert grace("configs/toy.yaml", overrides) == first.model_copy(update={"reused": True})
+            assert stages.made == []
+            with get_client(sync_client=True) as client:
+                states = [run.state_name for run in client.read_flow_runs()]
+                names = [run.state_name for run in client.read_task_runs()]
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert states == ["Completed", "Completed"]
+    assert names.count("Cached") == 14
