@@ -12,7 +12,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 @contextmanager
 def prefect_at(api: str) -> Iterator[None]:
-    """Use the server at `api` (ending in /api) inside; everything it is to hear has been told after.
+    """Use the server at `api` (ending in /api) inside; it has been told everything afterwards.
 
     What is still untold when a server ends would be tried for minutes.
     """
