@@ -30,6 +30,7 @@ from grace_core.artifacts import Artifact, Parent
 DATA_KINDS = ("world", "data", "benchmarks", "annotations")
 MODEL_STAGES = ("teacher", "bf16", "w8", "w4")
 _DIGEST_LENGTH = 32  # hex digits; MLflow takes 36 characters
+_SHOWN = 10  # characters of an id in the ancestry table
 CANDIDATE = "candidate"  # registry alias of the newest release; `champion` is for people to set
 
 
@@ -159,7 +160,10 @@ def log_scores(run_id: str, evaluation: Artifact) -> None:
 
 
 def ancestry_table(run_ids: Sequence[str]) -> str:
-    """Markdown table of what these runs made from what, oldest first, read back from MLflow."""
+    """Markdown table of what these runs made from what, oldest first, read back from MLflow.
+
+    Ids and digests are cut to what tells them apart.
+    """
     client = MlflowClient()
     runs = sorted(
         (client.get_run(run_id) for run_id in run_ids), key=lambda run: int(run.info.start_time)
@@ -169,19 +173,19 @@ def ancestry_table(run_ids: Sequence[str]) -> str:
         made = [_model_name(client, entry.model_id) for entry in run.outputs.model_outputs]
         models = [_model_name(client, entry.model_id) for entry in run.inputs.model_inputs]
         data = [
-            f"{entry.dataset.name} `{entry.dataset.digest[:12]}`"
+            f"{entry.dataset.name} `{entry.dataset.digest[:_SHOWN]}`"
             for entry in run.inputs.dataset_inputs
         ]
         cells = [
             run.data.tags["grace.stage"],
-            ", ".join(made) or f"`{run.data.tags['grace.digest'][:12]}`",
+            ", ".join(made) or f"`{run.data.tags['grace.digest'][:_SHOWN]}`",
             ", ".join(data) or "-",
             ", ".join(models) or "-",
-            f"`{run.info.run_id}`",
+            f"`{run.info.run_id[:_SHOWN]}`",
         ]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 
 def _model_name(client: MlflowClient, model_id: str) -> str:
-    return f"{client.get_logged_model(model_id).name} `{model_id}`"
+    return f"{client.get_logged_model(model_id).name} `{model_id[:_SHOWN]}`"
