@@ -14,8 +14,6 @@ PIP_ARGS ?=
 ARGS ?=
 
 PY := $(VENV)/bin/python
-# Compilers and ninja are looked up by name when DeepSpeed builds its operator.
-export PATH := $(abspath $(VENV))/bin:$(PATH)
 # An environment is up to date when it was made from these very files.
 INSTALLED := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
 
@@ -63,22 +61,16 @@ $(INSTALLED):
 	$(PY) -m pip install $(PIP_ARGS) -r requirements.lock
 	$(PY) -m pip install --no-deps --no-build-isolation -e .
 	$(PY) -m pip check
-	@# Compiled once here, so that the first training does not wait for it.
-	@echo "Building DeepSpeed's shared-memory operator"
-	@DS_ACCELERATOR=cpu $(PY) -c 'from deepspeed.comm.torch import build_shm_op; \
-		print("This platform has none." if build_shm_op() is None else "Built.")' || \
-		echo "WARNING: not built, see above. Training on CPU needs it: get a C++ compiler (make" \
-			"system-deps), then remove $(VENV) and run make setup again. GPUs do without." >&2
 	@rm -f $(VENV)/.installed-*
 	@touch $@
 
 .PHONY: system-deps
 # chromium     tests that open the Prefect and MLflow pages
-# postgresql   tests with Prefect's and MLflow's databases on a server
-# g++, git     DeepSpeed's operator; the commit that every artifact records
-system-deps: ## Install system packages: compiler, and what some tests need (root or sudo; Debian)
+# postgresql   tests with Prefect's database on a server
+# git          the commit that every artifact records
+system-deps: ## Install the system packages that some tests need (root or sudo; Debian)
 	@missing=; \
-	for need in chromium:chromium pg_lsclusters:postgresql g++:g++ git:git; do \
+	for need in chromium:chromium pg_lsclusters:postgresql git:git; do \
 		command -v "$${need%%:*}" >/dev/null || missing+=" $${need##*:}"; done; \
 	if [ -z "$$missing" ]; then echo "All system packages are there."; exit 0; fi; \
 	run=; if [ "$$(id -u)" != 0 ]; then run="sudo -n"; fi; \
@@ -88,7 +80,7 @@ system-deps: ## Install system packages: compiler, and what some tests need (roo
 	$$run env DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends $$missing
 
 .PHONY: toy-weights
-toy-weights: setup ## Make assets/toy again from random weights (an hour or more on 2 cores)
+toy-weights: setup ## Make assets/toy again from random weights (minutes on a GPU, a day on 2 cores)
 	for role in teacher student; do \
 		rm -rf runs/toy-weights/$$role runs/toy-weights/$$role.partial; mkdir -p runs/toy-weights; \
 		$(VENV)/bin/grace toy pretrain $$role runs/toy-weights/$$role; done

@@ -74,12 +74,16 @@ def _ended(task: RunState) -> str:
 
 
 def _measured(event: Event) -> str:
-    values = "  ".join(
-        f"{name} {value:.4g}"
-        for name, value in list(event.values.items())[:3]
-        if not math.isnan(value)
-    )
-    return f"{event.stage} step {event.step}  {values}"
+    """How far the stage is, the time its remaining steps will take, and its losses."""
+    values = dict(event.values)
+    steps, seconds = values.pop("steps", None), values.get("seconds")
+    text = f"step {event.step}" if steps is None else f"step {event.step}/{steps:.0f}"
+    if steps is not None and seconds is not None:
+        text += f"  {_clock((steps - event.step) * seconds)} left"
+    losses = [
+        f"{name} {value:.4g}" for name, value in list(values.items())[:3] if not math.isnan(value)
+    ]
+    return "  ".join([text, *losses])
 
 
 def _clock(seconds: float) -> str:

@@ -383,9 +383,14 @@ def test_an_interrupt_ends_cleanly_and_the_same_command_continues(
     monkeypatch: pytest.MonkeyPatch,
     number: signal.Signals,
 ) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr("grace_core.stages.distill", lambda *_: os.kill(os.getpid(), number))
-        code, _, err = cli("distill", TOY, *to)
+    # Shells start background commands with SIGINT ignored, this test's process among them.
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr("grace_core.stages.distill", lambda *_: os.kill(os.getpid(), number))
+            code, _, err = cli("distill", TOY, *to)
+    finally:
+        signal.signal(signal.SIGINT, inherited)
     assert code == 130
     assert "interrupted; the same command continues" in err and "Traceback" not in err
     code, out, _ = cli("distill", TOY, *to)
@@ -440,7 +445,7 @@ def test_toy_world_writes_records_and_benchmarks(cli: Cli, tmp_path: Path) -> No
 
 
 def test_toy_pretrain_passes_its_arguments_on(cli: Cli, tmp_path: Path) -> None:
-    code, _, err = cli("toy", "pretrain", "student", str(tmp_path), "--steps", "1")
+    code, _, err = cli("toy", "pretrain", "student", str(tmp_path), "--seed", "1")
     assert code == 1
     assert f"{tmp_path} exists" in err
     assert cli("toy", "pretrain", "pupil", str(tmp_path))[0] == 2

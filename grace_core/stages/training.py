@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -137,8 +136,6 @@ def _run_job(config: GraceConfig, job: TrainingJob, context: StageContext) -> No
         env={
             **{name: value for name, value in os.environ.items() if name != "HF_TOKEN"},
             "OMP_NUM_THREADS": str(launch.threads_per_process),
-            # DeepSpeed looks ninja up by name; it lies beside the interpreter.
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONUNBUFFERED": "1",
         },
