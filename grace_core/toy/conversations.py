@@ -33,8 +33,6 @@ class Mixture:
 
     Attributes:
         forms: relative weight of `free`, `yesno`, `mcq` and `describe` turns.
-        closed_families: families that yes/no questions and multiple choice ask about (all by
-            default).
         turns: least and greatest number of turns.
         wrong_answer_share: share of turns whose answer is wrong, in [0, 1).
     """
@@ -42,7 +40,6 @@ class Mixture:
     forms: Mapping[str, float] = field(
         default_factory=lambda: {"free": 0.3, "yesno": 0.3, "mcq": 0.3, "describe": 0.1}
     )
-    closed_families: tuple[str, ...] = tuple(FAMILIES)
     turns: tuple[int, int] = (1, 3)
     wrong_answer_share: float = 0.0
 
@@ -65,7 +62,7 @@ def converse(scene: Scene, mixture: Mixture, rng: random.Random) -> list[Turn]:
             if all(turn.prompt != DESCRIBE_PROMPT for turn in turns):
                 turns.append(_description(scene, rng, wrong))
             continue
-        question = _next_question(scene, families, form, mixture, rng)
+        question = _next_question(scene, families, rng)
         if question is None:
             families = []
             continue
@@ -75,13 +72,9 @@ def converse(scene: Scene, mixture: Mixture, rng: random.Random) -> list[Turn]:
     return turns or [_description(scene, rng, False)]
 
 
-def _next_question(
-    scene: Scene, families: list[str], form: str, mixture: Mixture, rng: random.Random
-) -> Question | None:
-    """Take the first family that the scene offers and the form allows off the list."""
+def _next_question(scene: Scene, families: list[str], rng: random.Random) -> Question | None:
+    """Take the first family that the scene offers off the list."""
     for family in list(families):
-        if form in ("yesno", "mcq") and family not in mixture.closed_families:
-            continue
         question = think_of(family, scene, rng)
         if question is not None:
             families.remove(family)
