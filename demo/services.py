@@ -21,7 +21,7 @@ from pathlib import Path
 
 from demo.prefect_api import PrefectApi
 from grace_core.errors import GraceError
-from grace_core.launch import end_process_group, start_process_group
+from grace_core.launch.process_group import end_process_group, start_process_group
 
 HOST = "127.0.0.1"
 WORK_POOL = "grace-local"

@@ -14,7 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from grace_core.launch import ProcessGroupFailed, run_process_group, torchrun_command
+from grace_core.launch.local import torchrun_command
+from grace_core.launch.process_group import ProcessesFailed, run_process_group
 
 # An agent that starts one rank in a session of its own, as torchrun does, and forwards SIGTERM.
 AGENT = """
@@ -98,7 +99,7 @@ def test_output_is_kept_and_streamed(tmp_path: Path) -> None:
 
 def test_a_failure_names_stage_code_and_reason(tmp_path: Path) -> None:
     run(command("import sys; print('of an earlier attempt', file=sys.stderr)"), tmp_path)
-    with pytest.raises(ProcessGroupFailed) as caught:
+    with pytest.raises(ProcessesFailed) as caught:
         run(command("import sys; print('no such file', file=sys.stderr); sys.exit(3)"), tmp_path)
     assert caught.value.exit_code == 3
     message = str(caught.value)
@@ -108,7 +109,7 @@ def test_a_failure_names_stage_code_and_reason(tmp_path: Path) -> None:
 
 
 def test_a_signal_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ProcessGroupFailed, match=r"SIGKILL.*out of memory") as caught:
+    with pytest.raises(ProcessesFailed, match=r"SIGKILL.*out of memory") as caught:
         run(command("import os; os.kill(os.getpid(), 9)"), tmp_path)
     assert caught.value.exit_code == -signal.SIGKILL
 
@@ -121,7 +122,7 @@ print("[default1]:ValueError: the reason", file=sys.stderr)
 print("E1 failed (exitcode: 1) local_rank: 1 (pid: 7) of binary: python", file=sys.stderr)
 sys.exit(1)
 """
-    with pytest.raises(ProcessGroupFailed) as caught:
+    with pytest.raises(ProcessesFailed) as caught:
         run(command(program), tmp_path)
     assert "the reason" in str(caught.value)
     assert "closed by peer" not in str(caught.value)
@@ -174,7 +175,7 @@ def test_a_second_interruption_cuts_the_grace_short(tmp_path: Path) -> None:
 
 
 def test_time_runs_out(tmp_path: Path) -> None:
-    with pytest.raises(ProcessGroupFailed, match=r"did not end within 0\.5 s") as caught:
+    with pytest.raises(ProcessesFailed, match=r"did not end within 0\.5 s") as caught:
         run(
             command(AGENT, IGNORES_SIGTERM, tmp_path),
             tmp_path,
@@ -197,7 +198,7 @@ def test_ranks_of_a_killed_agent_are_ended(tmp_path: Path) -> None:
             if polls_with_rank == 2:  # the launcher saw the rank in the poll before
                 psutil.Process(int((tmp_path / "rank").read_text())).parent().kill()
 
-    with pytest.raises(ProcessGroupFailed) as caught:
+    with pytest.raises(ProcessesFailed) as caught:
         run(command(AGENT, SAVES_ON_SIGTERM, tmp_path), tmp_path, on_poll=look)
     assert caught.value.exit_code == -signal.SIGKILL
     assert (tmp_path / "saved").exists()
@@ -208,7 +209,7 @@ def test_a_killed_parent_takes_its_group_along(tmp_path: Path) -> None:
     parent = f"""
 import os, sys
 from pathlib import Path
-from grace_core.launch import run_process_group
+from grace_core.launch.process_group import run_process_group
 run_process_group([sys.executable, "-c", {AGENT!r}, {SAVES_ON_SIGTERM!r}, {str(tmp_path)!r}],
                   stage="bf16", env=os.environ, log_folder=Path({str(tmp_path)!r}) / "logs")
 """
@@ -256,7 +257,7 @@ def test_torchrun_keeps_each_ranks_output(tmp_path: Path, monkeypatch: pytest.Mo
         "rank_program", ["shard-7"], processes=2, log_folder=tmp_path / "logs"
     )
     lines: list[str] = []
-    with pytest.raises(ProcessGroupFailed) as caught:
+    with pytest.raises(ProcessesFailed) as caught:
         run_process_group(
             arguments,
             stage="w4",

@@ -18,7 +18,7 @@ import pytest
 from prefect import get_client
 
 from flows.pipeline import grace
-from grace_core.launch import end_process_group, start_process_group
+from grace_core.launch.process_group import end_process_group, start_process_group
 from tests.prefect_client import prefect_at
 from tests.stand_in_stages import StandIns
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from grace_core.config.model import Distillation
 from grace_core.data.packing import rows_of_steps
 from grace_core.events import read_events
-from grace_core.launch import torchrun_command
+from grace_core.launch.local import torchrun_command
 from grace_core.models.families import set_trainable
 from grace_core.models.loading import load_model, read_checkpoint
 from grace_core.models.visual_inputs import VisualInputs

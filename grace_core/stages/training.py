@@ -12,7 +12,7 @@ from grace_core.config.model import GraceConfig, Precision, Quantization, Traini
 from grace_core.data.prepare import TRAIN
 from grace_core.errors import GraceError
 from grace_core.events import EventReader, truncate_after
-from grace_core.launch import run_process_group, torchrun_command
+from grace_core.launch.backend import Program, backend_of
 from grace_core.models.loading import CheckpointFolder, locate_checkpoint, read_checkpoint
 from grace_core.stages.once import StageContext, checkpoint_parent, once
 from grace_core.training.job import TrainingJob
@@ -115,7 +115,6 @@ def _run_job(config: GraceConfig, job: TrainingJob, context: StageContext) -> No
     job.work.mkdir(parents=True, exist_ok=True)
     file = job.work / "job.json"
     file.write_text(job.model_dump_json(indent=1), encoding="utf-8")
-    logs = job.work / "logs"
     layout = Layout(launch.processes, job.training.zero_stage)
     saved = latest_checkpoint(job.checkpoints, layout)
     truncate_after(job.metrics, 0 if saved is None else saved.step)
@@ -125,25 +124,8 @@ def _run_job(config: GraceConfig, job: TrainingJob, context: StageContext) -> No
         for event in events.poll():
             context.on_event(event)
 
-    run_process_group(
-        torchrun_command(
-            "grace_core.training.worker",
-            [str(file)],
-            processes=launch.processes,
-            log_folder=logs,
-        ),
-        stage=job.stage,
-        env={
-            **{name: value for name, value in os.environ.items() if name != "HF_TOKEN"},
-            "OMP_NUM_THREADS": str(launch.threads_per_process),
-            "TOKENIZERS_PARALLELISM": "false",
-            "PYTHONUNBUFFERED": "1",
-        },
-        log_folder=logs,
-        grace_seconds=launch.grace_seconds,
-        timeout_seconds=None if launch.timeout_hours is None else 3600 * launch.timeout_hours,
-        on_poll=forward,
-    )
+    program = Program(job.stage, "grace_core.training.worker", [str(file)], job.work)
+    backend_of(launch).run(program, on_poll=forward)
     if not job.result.is_dir():
         raise GraceError(
             f"stage {job.stage} was stopped before its last step; run again to continue from its "

@@ -19,7 +19,6 @@ import os
 import re
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -40,7 +39,7 @@ _RANK_LINE = re.compile(r"^\[[a-z]*(\d+)\]:")
 _FAILED_RANK = re.compile(r"failed \(exitcode: -?\d+\) local_rank: (\d+)")
 
 
-class ProcessGroupFailed(GraceError):
+class ProcessesFailed(GraceError):
     """A process group ended with an error or did not end in time.
 
     exit_code: the agent's, negative for a signal; None when the time ran out.
@@ -49,29 +48,6 @@ class ProcessGroupFailed(GraceError):
     def __init__(self, message: str, exit_code: int | None) -> None:
         super().__init__(message)
         self.exit_code = exit_code
-
-
-def torchrun_command(
-    module: str, arguments: Sequence[str], *, processes: int, log_folder: Path
-) -> list[str]:
-    """Command that runs `python -m module arguments` in `processes` ranks on this machine.
-
-    Each rank's output is kept below `log_folder/ranks` and repeated by the agent with the rank in
-    front (`[default0]:`), which is how `run_process_group` tells the ranks apart.
-    """
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc-per-node={processes}",
-        f"--log-dir={log_folder / 'ranks'}",
-        "--redirects=3",
-        "--tee=3",
-        "-m",
-        module,
-        *arguments,
-    ]
 
 
 def run_process_group(
@@ -93,7 +69,7 @@ def run_process_group(
     marked. `on_poll` is called every `poll_seconds` and once after the end. `grace_seconds` lie
     between SIGTERM and SIGKILL when this call is interrupted, fails or runs out of time.
 
-    Raises ProcessGroupFailed on a non-zero exit code or after `timeout_seconds`; any exception
+    Raises ProcessesFailed on a non-zero exit code or after `timeout_seconds`; any exception
     that interrupts the wait (a cancellation, Ctrl-C, an error of `on_poll`) is raised again once
     the group is gone.
     """
@@ -138,7 +114,7 @@ def run_process_group(
     else:
         problem = f"ended with {_describe(exit_code)}"
         remedy = "mend what it says and run again: training resumes from its last checkpoint"
-    raise ProcessGroupFailed(
+    raise ProcessesFailed(
         f"stage {stage}: its processes {problem}; {remedy}.\n"
         f"Full output: {log_folder}\nLast lines of the error output:\n"
         + "\n".join(f"  {line}" for line in _failure_lines(err, earlier)),
