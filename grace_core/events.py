@@ -4,8 +4,9 @@ The stage's one writer (rank 0 of a training group) appends to a file; whoever s
 follows that file and forwards the events. Neither side needs a tracking server: the file is the
 record, outlives any outage, and can be read again from the start at any time.
 
-Order on a resume: `truncate_after` first, then the writer and the readers are opened. The events
-of steps that will be repeated are gone by then, so that none is lost and none is there twice.
+On a resume `truncate_after` comes first, then the writer is opened: the events of steps that will
+be repeated are gone by then. Whoever follows the file meanwhile notices and goes on with the first
+step that is new, so that none is lost and none comes twice.
 """
 
 from __future__ import annotations
@@ -103,12 +104,15 @@ class EventWriter:
 class LineReader:
     """Complete lines of a growing text file; a last line without its end is not there yet.
 
-    `offset` is the byte to go on from; keep it to continue after a restart.
+    `offset` is the byte to go on from; keep it to continue after a restart. A file that was
+    replaced or shortened is read again from its start, and `restarts` counts how often.
     """
 
     def __init__(self, path: Path, offset: int = 0) -> None:
         self.path = path
         self.offset = offset
+        self.restarts = 0
+        self._inode: int | None = None
 
     def poll(self) -> list[str]:
         """The lines completed since the last call; none while the file does not exist."""
@@ -117,8 +121,13 @@ class LineReader:
         except FileNotFoundError:
             return []
         with stream:
-            size = os.fstat(stream.fileno()).st_size
-            assert size >= self.offset, f"{self.path} was truncated while it was followed"
+            found = os.fstat(stream.fileno())
+            size = found.st_size
+            replaced = self._inode not in (None, found.st_ino)
+            if replaced or size < self.offset:
+                self.offset = 0
+                self.restarts += 1
+            self._inode = found.st_ino
             stream.seek(self.offset)
             data = stream.read(size - self.offset)
         data = data[: data.rfind(b"\n") + 1]
@@ -127,10 +136,15 @@ class LineReader:
 
 
 class EventReader:
-    """Follows the events of `path`, from byte `offset` on."""
+    """Follows the events of `path`, from byte `offset` on.
+
+    When a resume shortens the file, the steps that were yielded before are not yielded again.
+    """
 
     def __init__(self, path: Path, offset: int = 0) -> None:
         self._lines = LineReader(path, offset)
+        self._newest: dict[str, int] = {}  # step last yielded, by kind
+        self._yielded: dict[str, int] = {}  # the same when the file was last shortened
 
     @property
     def offset(self) -> int:
@@ -142,7 +156,14 @@ class EventReader:
 
         Raises GraceError when a complete line is not an event.
         """
-        return [_parse(line, self._lines.path) for line in self._lines.poll()]
+        restarts = self._lines.restarts
+        events = [_parse(line, self._lines.path) for line in self._lines.poll()]
+        if self._lines.restarts > restarts:
+            self._yielded = dict(self._newest)
+        events = [event for event in events if event.step > self._yielded.get(event.kind, -1)]
+        for event in events:
+            self._newest[event.kind] = max(event.step, self._newest.get(event.kind, -1))
+        return events
 
     def follow(self, finished: Callable[[], bool], seconds: float = 0.5) -> Iterator[Event]:
         """Yield events as they come, looking every `seconds`, until `finished()` holds.
@@ -165,8 +186,9 @@ def read_events(path: Path) -> list[Event]:
 def truncate_after(path: Path, step: int) -> None:
     """Drop every event after `step`, and a torn last line; call before a training resumes there.
 
-    One system call shortens the file, so a crash leaves either the old events or the kept ones.
-    Steps never fall within a file, therefore what is kept is what comes before the first later one.
+    The kept events are written aside and renamed, so a crash leaves either the old file or the
+    shortened one, and whoever follows it can tell that it is another. Steps never fall within a
+    file, therefore what is kept is what comes before the first later one.
     """
     if not path.exists():
         return
@@ -177,7 +199,12 @@ def truncate_after(path: Path, step: int) -> None:
             if not line.endswith("\n") or _parse(line, path).step > step:
                 break
             keep += len(raw)
-    os.truncate(path, keep)
+        if keep == os.fstat(stream.fileno()).st_size:
+            return
+        stream.seek(0)
+        aside = path.with_name(f".{path.name}.new")
+        aside.write_bytes(stream.read(keep))
+    os.replace(aside, path)
 
 
 def _parse(line: str, path: Path) -> Event:

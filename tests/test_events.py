@@ -94,6 +94,42 @@ def test_a_resume_keeps_the_events_up_to_its_step(
     assert [e.step for e in read_events(file)] == [*kept, step + 1]
 
 
+def test_a_follower_sees_each_step_once_across_a_resume(tmp_path: Path) -> None:
+    """Steps 3 and 4 are made twice, the second time with longer lines than the first."""
+    file = tmp_path / "metrics.jsonl"
+    reader = EventReader(file)
+    followed = []
+    with EventWriter(file) as writer:
+        for number in (1, 2, 3, 4):
+            writer.write(event(number))
+    followed += reader.poll()
+    truncate_after(file, 2)
+    with EventWriter(file) as writer:
+        for number in (3, 4, 5):
+            writer.write(Event(1.0, "bf16", number, "train", {"loss": 1 / 3, "more": number}))
+    followed += reader.poll()
+    with EventWriter(file) as writer:
+        writer.write(event(6))
+    followed += reader.poll()
+    assert [e.step for e in followed] == [1, 2, 3, 4, 5, 6]
+    assert [e.step for e in read_events(file)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_resume_between_two_looks_loses_no_step(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    reader = EventReader(file)
+    with EventWriter(file) as writer:
+        writer.write(event(1))
+    assert [e.step for e in reader.poll()] == [1]
+    with EventWriter(file) as writer:
+        writer.write(event(2))
+    truncate_after(file, 0)
+    with EventWriter(file) as writer:
+        for number in (1, 2, 3):
+            writer.write(event(number))
+    assert [e.step for e in reader.poll()] == [2, 3]
+
+
 def test_truncating_what_does_not_exist_is_no_error(tmp_path: Path) -> None:
     truncate_after(tmp_path / "none.jsonl", 3)
     assert not (tmp_path / "none.jsonl").exists()
