@@ -48,6 +48,10 @@ _RECORDED_PACKAGES = (
 )
 
 
+class ArtifactDamaged(GraceError):
+    """An artifact's files are not those that its manifest lists."""
+
+
 class FileEntry(BaseModel):
     """One file of an artifact."""
 
@@ -138,6 +142,12 @@ def new_artifact(
             shutil.rmtree(partial)
 
 
+def remove_partials(folder: Path) -> None:
+    """Remove what killed attempts at this artifact left; nobody else may be at work on it."""
+    for partial in folder.parent.glob(f".{folder.name}.partial-*"):
+        shutil.rmtree(partial)
+
+
 class ArtifactWriter:
     """An artifact under construction; write files below `path`."""
 
@@ -176,10 +186,8 @@ class ArtifactWriter:
             facts=self.facts,
             files=files,
         )
-        with (self.path / MANIFEST).open("w", encoding="utf-8") as stream:
-            stream.write(manifest.model_dump_json(indent=1))
-            stream.flush()
-            os.fsync(stream.fileno())
+        (self.path / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        _flush_to_disk(self.path)
         if self.final.exists():
             # A directory of the final name without a readable manifest is a foreign leftover.
             existing = find_artifact(self.final)
@@ -189,6 +197,7 @@ class ArtifactWriter:
                 f"{self.final} exists but is no complete artifact; move it away and run again"
             )
         os.replace(self.path, self.final)
+        _flush(self.final.parent)
 
 
 def find_artifact(folder: Path) -> Artifact | None:
@@ -235,20 +244,47 @@ def ancestry(artifacts: Iterable[Artifact]) -> dict[str, Artifact]:
 
 
 def verify_artifact(artifact: Artifact) -> None:
-    """Compare every file with the manifest; raises GraceError naming each difference."""
+    """Compare every file's content with the manifest; raises ArtifactDamaged naming each."""
     found = _hash_files(artifact.path)
     expected = artifact.manifest.files
-    problems = [f"missing: {name}" for name in sorted(expected.keys() - found.keys())]
-    problems += [f"not in the manifest: {name}" for name in sorted(found.keys() - expected.keys())]
+    problems = [f"not in the manifest: {name}" for name in sorted(found.keys() - expected.keys())]
     problems += [
         f"changed: {name}"
         for name in sorted(expected)
         if found.get(name, expected[name]) != expected[name]
     ]
+    _raise_damaged(artifact, [*_missing_files(artifact), *problems])
+
+
+def verify_sizes(artifact: Artifact) -> None:
+    """Compare every file's size with the manifest; raises ArtifactDamaged naming each.
+
+    Costs next to nothing, and sees what was cut short or is gone.
+    """
+    problems = [
+        f"{(artifact.path / name).stat().st_size} bytes, not {entry.size}: {name}"
+        for name, entry in sorted(artifact.manifest.files.items())
+        if (artifact.path / name).is_file() and (artifact.path / name).stat().st_size != entry.size
+    ]
+    _raise_damaged(artifact, [*_missing_files(artifact), *problems])
+
+
+def set_aside(artifact: Artifact) -> Path:
+    """Take a damaged artifact's name away, keeping its files to be looked at; returns where."""
+    aside = artifact.path.parent / f".{artifact.path.name}.damaged-{uuid.uuid4().hex[:8]}"
+    os.replace(artifact.path, aside)
+    return aside
+
+
+def _missing_files(artifact: Artifact) -> list[str]:
+    names = sorted(artifact.manifest.files)
+    return [f"missing: {name}" for name in names if not (artifact.path / name).is_file()]
+
+
+def _raise_damaged(artifact: Artifact, problems: list[str]) -> None:
     if problems:
-        raise GraceError(
-            f"{artifact.path} differs from its manifest; delete it and run its stage again:\n  "
-            + "\n  ".join(problems)
+        raise ArtifactDamaged(
+            f"{artifact.path} differs from its manifest:\n  " + "\n  ".join(problems)
         )
 
 
@@ -288,6 +324,21 @@ def environment() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
     return versions
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """Have every file below `folder` on the disk, so that a power cut leaves no empty ones."""
+    for path in (*folder.rglob("*"), folder):
+        _flush(path)
+
+
+def _flush(path: Path) -> None:
+    """Flush one file, or the names in one directory."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _hash_files(folder: Path) -> dict[str, FileEntry]:

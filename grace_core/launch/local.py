@@ -10,6 +10,7 @@ from pathlib import Path
 from grace_core.config.model import Launch
 from grace_core.launch.backend import Program, rank_environment
 from grace_core.launch.process_group import run_process_group
+from grace_core.locks import wait_for_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +29,7 @@ class LocalBackend:
         on_line: Callable[[str], None] = logger.info,
     ) -> None:
         launch = self._launch
+        wait_for_ranks(program.work)
         run_process_group(
             torchrun_command(
                 program.module,

@@ -9,16 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from grace_core.artifacts import (
+    OUTSIDE,
     Artifact,
+    ArtifactDamaged,
     ArtifactWriter,
     Parent,
     digest_folder,
     find_artifact,
     fingerprint,
     new_artifact,
+    read_artifact,
+    remove_partials,
+    set_aside,
+    verify_artifact,
+    verify_sizes,
 )
 from grace_core.config.model import GraceConfig
 from grace_core.events import Event
+from grace_core.locks import sole_maker
 from grace_core.models.loading import CheckpointFolder
 
 
@@ -45,16 +53,40 @@ def once(
     parents: Mapping[str, Parent],
     make: Callable[[ArtifactWriter], None],
 ) -> Artifact:
-    """The stage's artifact: found, or made."""
+    """The stage's artifact: found, or made.
+
+    While another process makes it, this one waits and takes what it made. Before the work starts,
+    the parents' files are compared with their manifests.
+
+    Raises GraceError when an artifact or a parent is damaged; it is set aside by then, so that
+    running again makes it anew.
+    """
     folder = stage_folder(config, stage, fingerprint(stage, section, parents))
     found = find_artifact(folder)
-    if found is not None:
-        return found
-    with new_artifact(folder, stage, section, parents) as writer:
-        make(writer)
-    made = find_artifact(folder)
-    assert made is not None
-    return made
+    if found is None:
+        with sole_maker(folder):
+            found = find_artifact(folder)
+            if found is None:
+                remove_partials(folder)
+                for parent in parents.values():
+                    if parent.kind not in OUTSIDE:
+                        _check_or_set_aside(read_artifact(Path(parent.path)), verify_artifact)
+                with new_artifact(folder, stage, section, parents) as writer:
+                    make(writer)
+                found = find_artifact(folder)
+                assert found is not None
+    _check_or_set_aside(found, verify_sizes)
+    return found
+
+
+def _check_or_set_aside(artifact: Artifact, check: Callable[[Artifact], None]) -> None:
+    try:
+        check(artifact)
+    except ArtifactDamaged as error:
+        aside = set_aside(artifact)
+        raise ArtifactDamaged(
+            f"{error}\nIt was moved to {aside}; run again, and its stage makes it anew"
+        ) from error
 
 
 def checkpoint_parent(folder: CheckpointFolder) -> Parent:

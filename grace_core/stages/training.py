@@ -11,12 +11,11 @@ from grace_core.artifacts import Artifact, ArtifactWriter, Parent, fingerprint
 from grace_core.config.model import GraceConfig, Precision, Quantization, TrainingStage
 from grace_core.data.prepare import TRAIN
 from grace_core.errors import GraceError
-from grace_core.events import EventReader, truncate_after
+from grace_core.events import EventReader
 from grace_core.launch.backend import Program, backend_of
 from grace_core.models.loading import CheckpointFolder, locate_checkpoint, read_checkpoint
 from grace_core.stages.once import StageContext, checkpoint_parent, once
 from grace_core.training.job import TrainingJob
-from grace_core.training.saved import Layout, latest_checkpoint
 
 
 def fit_teacher(config: GraceConfig, data: Artifact, context: StageContext) -> Artifact:
@@ -113,11 +112,9 @@ def _run_job(config: GraceConfig, job: TrainingJob, context: StageContext) -> No
     """Run a training job as a process group, passing its events on."""
     launch = config.launch
     job.work.mkdir(parents=True, exist_ok=True)
-    file = job.work / "job.json"
-    file.write_text(job.model_dump_json(indent=1), encoding="utf-8")
-    layout = Layout(launch.processes, job.training.zero_stage)
-    saved = latest_checkpoint(job.checkpoints, layout)
-    truncate_after(job.metrics, 0 if saved is None else saved.step)
+    file, aside = job.work / "job.json", job.work / ".job.json.new"
+    aside.write_text(job.model_dump_json(indent=1), encoding="utf-8")
+    os.replace(aside, file)
     events = EventReader(job.metrics)
 
     def forward() -> None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -105,16 +106,14 @@ def measured_write_seconds(folder: Path, model: nn.Module) -> float:
         for _, parameter in unique_parameters(model)
     )
     size = elements * _BYTES_A_WEIGHT
-    probe = folder / f".probe-{os.getpid()}"
     folder.mkdir(parents=True, exist_ok=True)
     content = os.urandom(min(size, 2**26))
     started = time.monotonic()
-    with probe.open("wb") as stream:
+    with tempfile.TemporaryFile(dir=folder) as stream:  # has no name: a crash leaves nothing
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
-    seconds = time.monotonic() - started
-    probe.unlink()
+        seconds = time.monotonic() - started
     return seconds * size / len(content)
 
 

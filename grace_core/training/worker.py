@@ -16,6 +16,7 @@ import torch
 from torch import distributed as dist
 
 from grace_core.errors import GraceError
+from grace_core.locks import join_ranks
 from grace_core.training.job import TrainingJob
 from grace_core.training.stopping import StopSignal
 
@@ -39,11 +40,12 @@ def main(arguments: list[str]) -> int:
     os.environ["DS_ACCELERATOR"] = "cuda" if device.type == "cuda" else "cpu"
     from grace_core.training.loop import train
 
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    finished = train(job, device, stop)
-    # Ranks that leave while others still talk make those abort.
-    dist.barrier()
-    dist.destroy_process_group()
+    with join_ranks(job.work):
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        finished = train(job, device, stop)
+        # Ranks that leave while others still talk make those abort.
+        dist.barrier()
+        dist.destroy_process_group()
     return 0 if finished else STOPPED
 
 
