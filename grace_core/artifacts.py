@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 import grace_core
 from grace_core.config.load import config_digest
 from grace_core.errors import GraceError
+from grace_core.hardware import hardware
 
 MANIFEST = "manifest.json"
 OUTSIDE = ("checkpoint", "tokenizer", "annotations")
@@ -85,6 +86,9 @@ class Manifest(BaseModel):
     parents: dict[str, Parent] = {}
     config: dict[str, Any] = {}
     config_digest: str
+    run_config: dict[str, Any] = Field(
+        {}, description="the whole resolved configuration of the run that made it"
+    )
     code: dict[str, str] = {}
     environment: dict[str, str] = {}
     metrics: dict[str, float] = {}
@@ -125,15 +129,20 @@ def new_artifact(
     stage: str,
     config: Mapping[str, Any],
     parents: Mapping[str, Parent],
+    run_config: Mapping[str, Any] | None = None,
 ) -> Iterator[ArtifactWriter]:
     """Build `folder` aside and give it its name when the block ends without an error.
+
+    run_config: the whole configuration, recorded for repeating the run; no part of the fingerprint.
 
     On an error the partial directory is removed and nothing of the final name exists.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.parent / f".{folder.name}.partial-{uuid.uuid4().hex[:8]}"
     partial.mkdir()
-    writer = ArtifactWriter(partial, folder, stage, dict(config), dict(parents))
+    writer = ArtifactWriter(
+        partial, folder, stage, dict(config), dict(parents), dict(run_config or {})
+    )
     try:
         yield writer
         writer._finish()
@@ -158,11 +167,14 @@ class ArtifactWriter:
         stage: str,
         config: dict[str, Any],
         parents: dict[str, Parent],
+        run_config: dict[str, Any],
     ) -> None:
         self.path = path
         self.final = final
         self.metrics: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
+        self.environment = environment()
+        self._run_config = run_config
         self._stage = stage
         self._config = config
         self._parents = parents
@@ -180,8 +192,9 @@ class ArtifactWriter:
             parents=self._parents,
             config=self._config,
             config_digest=config_digest(self._config),
+            run_config=self._run_config,
             code=code_version(),
-            environment=environment(),
+            environment=self.environment,
             metrics=self.metrics,
             facts=self.facts,
             files=files,
@@ -316,8 +329,8 @@ def code_version() -> dict[str, str]:
 
 
 def environment() -> dict[str, str]:
-    """Versions that a result may depend on."""
-    versions = {"python": platform.python_version(), "platform": platform.machine()}
+    """Versions and hardware that a result may depend on."""
+    versions = {"python": platform.python_version(), "platform": platform.machine(), **hardware()}
     for package in _RECORDED_PACKAGES:
         try:
             versions[package] = metadata.version(package)

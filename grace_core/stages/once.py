@@ -71,7 +71,8 @@ def once(
                 for parent in parents.values():
                     if parent.kind not in OUTSIDE:
                         _check_or_set_aside(read_artifact(Path(parent.path)), verify_artifact)
-                with new_artifact(folder, stage, section, parents) as writer:
+                whole = config.model_dump(mode="json")
+                with new_artifact(folder, stage, section, parents, whole) as writer:
                     make(writer)
                 found = find_artifact(folder)
                 assert found is not None

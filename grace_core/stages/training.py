@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping
@@ -100,6 +101,7 @@ def _train(
     def make(writer: ArtifactWriter) -> None:
         if not job.result.is_dir():
             _run_job(config, job, context)
+        writer.environment |= json.loads(job.environment.read_text(encoding="utf-8"))
         _link_tree(job.result, writer.path / "model")
 
     made = once(config, stage, settings, parents, make)

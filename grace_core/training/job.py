@@ -38,6 +38,11 @@ class TrainingJob(Section):
         return self.work / "metrics.jsonl"
 
     @property
+    def environment(self) -> Path:
+        """What rank 0 ran on: world size, processor, GPUs."""
+        return self.work / "environment.json"
+
+    @property
     def checkpoints(self) -> Path:
         return self.work / "checkpoints"
 

@@ -7,6 +7,7 @@ Exit codes: 0 the result is written; 143 stopped by SIGTERM, run again to contin
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -15,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import distributed as dist
 
+from grace_core.artifacts import environment
 from grace_core.errors import GraceError
 from grace_core.locks import join_ranks
 from grace_core.training.job import TrainingJob
@@ -42,11 +44,24 @@ def main(arguments: list[str]) -> int:
 
     with join_ranks(job.work):
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        if dist.get_rank() == 0:
+            _write_environment(job)
         finished = train(job, device, stop)
         # Ranks that leave while others still talk make those abort.
         dist.barrier()
         dist.destroy_process_group()
     return 0 if finished else STOPPED
+
+
+def _write_environment(job: TrainingJob) -> None:
+    """For the manifest: the ranks may run on another machine than the process that started them."""
+    found = environment() | {
+        "world_size": str(dist.get_world_size()),
+        "zero_stage": str(job.training.zero_stage),
+    }
+    aside = job.environment.with_suffix(".new")
+    aside.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    os.replace(aside, job.environment)
 
 
 def _device(wanted: str) -> torch.device:
