@@ -41,7 +41,7 @@ def generate_world(config: GraceConfig, context: StageContext) -> Artifact:
             wrong_answer_share=source.wrong_answer_share,
         )
 
-    return once(config, "world", section, {}, make)
+    return once(config, context, "world", section, {}, make)
 
 
 def generate_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
@@ -51,7 +51,7 @@ def generate_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
     def make(writer: ArtifactWriter) -> None:
         write_benchmark(writer.path, seed=BENCHMARK_SEED)
 
-    return once(config, "benchmarks", section, {}, make)
+    return once(config, context, "benchmarks", section, {}, make)
 
 
 def prepare_data(config: GraceConfig, context: StageContext) -> Artifact:
@@ -92,7 +92,7 @@ def prepare_data(config: GraceConfig, context: StageContext) -> Artifact:
         writer.metrics |= _counts(counts)
         writer.facts["quarantined"] = counts.reasons
 
-    return once(config, "data", section, parents, make)
+    return once(config, context, "data", section, parents, make)
 
 
 def _tokenizer_parent(folder: CheckpointFolder) -> Parent:

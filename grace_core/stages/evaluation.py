@@ -53,7 +53,7 @@ def evaluate(
     def make(writer: ArtifactWriter) -> None:
         _evaluate(config, label, folder, benchmarks, data, writer, context)
 
-    return once(config, stage, section, parents, make)
+    return once(config, context, stage, section, parents, make)
 
 
 def evaluation_device(config: GraceConfig) -> torch.device:

@@ -25,9 +25,21 @@ from grace_core.artifacts import (
     verify_sizes,
 )
 from grace_core.config.model import GraceConfig
+from grace_core.errors import GraceError
 from grace_core.events import Event
 from grace_core.locks import sole_maker
 from grace_core.models.loading import CheckpointFolder
+
+
+_COMMANDS = {
+    **dict.fromkeys(("world", "data"), "data"),
+    **dict.fromkeys(("teacher", "bf16"), "distill"),
+    **dict.fromkeys(("w8", "w4"), "quantize"),
+    "release": "release",
+    **dict.fromkeys(("benchmarks", "evaluate"), "evaluate"),
+    "publish": "publish",
+}
+"""Which command and which deployment run a stage, by the first word of its name."""
 
 
 def _ignore(_event: Event) -> None:
@@ -36,9 +48,11 @@ def _ignore(_event: Event) -> None:
 
 @dataclass(frozen=True)
 class StageContext:
-    """Where a stage reports to while it runs."""
+    """Where a stage reports to while it runs, and whether it may."""
 
     on_event: Callable[[Event], None] = _ignore
+    finished_only: bool = False
+    """Stages are found, never run: one that is not done is an error."""
 
 
 def stage_folder(config: GraceConfig, stage: str, key: str) -> Path:
@@ -48,6 +62,7 @@ def stage_folder(config: GraceConfig, stage: str, key: str) -> Path:
 
 def once(
     config: GraceConfig,
+    context: StageContext,
     stage: str,
     section: Mapping[str, Any],
     parents: Mapping[str, Parent],
@@ -59,10 +74,18 @@ def once(
     the parents' files are compared with their manifests.
 
     Raises GraceError when an artifact or a parent is damaged; it is set aside by then, so that
-    running again makes it anew.
+    running again makes it anew. Raises it too when the stage is not done and `context` allows
+    finished ones only.
     """
     folder = stage_folder(config, stage, fingerprint(stage, section, parents))
     found = find_artifact(folder)
+    if found is None and context.finished_only:
+        command = _COMMANDS[stage.split("-")[0]]
+        raise GraceError(
+            f"stage {stage} is not done for this configuration: there is no {folder}; run `grace "
+            f"{command} CONFIG` with the same settings, or the deployment "
+            f"grace-{command}/{command}, and then this again"
+        )
     if found is None:
         with sole_maker(folder):
             found = find_artifact(folder)

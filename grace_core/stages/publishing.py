@@ -30,12 +30,12 @@ def publish(
     def make(writer: ArtifactWriter) -> None:
         publish_releases(config, releases, evaluations, writer.path)
 
-    found = once(config, "publish", section, parents, make)
+    found = once(config, context, "publish", section, parents, make)
     destinations = json.loads((found.path / "releases.json").read_text(encoding="utf-8"))
     lost = [place for place in destinations.values() if _is_missing(place["location"])]
     if lost:
         shutil.rmtree(found.path)
-        found = once(config, "publish", section, parents, make)
+        found = once(config, context, "publish", section, parents, make)
     return found
 
 

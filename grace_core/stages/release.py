@@ -32,4 +32,4 @@ def release(config: GraceConfig, model: Artifact, context: StageContext) -> Arti
         writer.metrics["bytes"] = float(size)
         writer.facts["exactness"] = vars(report)
 
-    return once(config, stage, {}, {"model": model.as_parent()}, make)
+    return once(config, context, stage, {}, {"model": model.as_parent()}, make)

@@ -104,7 +104,7 @@ def _train(
         writer.environment |= json.loads(job.environment.read_text(encoding="utf-8"))
         _link_tree(job.result, writer.path / "model")
 
-    made = once(config, stage, settings, parents, make)
+    made = once(config, context, stage, settings, parents, make)
     for leftover in (job.result, job.checkpoints):
         shutil.rmtree(leftover, ignore_errors=True)  # metrics and logs stay
     return made
