@@ -52,8 +52,14 @@ def find_model(experiment_id: str, digest: str) -> LoggedModel | None:
 
 
 def add_model(experiment_id: str, run_id: str, artifact: Artifact) -> str:
-    """Record `artifact` as a model that `run_id` made; returns the model's id."""
+    """Record `artifact` as a model that `run_id` made; returns the model's id.
+
+    Done again after an outage, the record that is there stays the only one.
+    """
     manifest = artifact.manifest
+    found = find_model(experiment_id, manifest.digest)
+    if found is not None and found.source_run_id == run_id:
+        return str(found.model_id)
     model = mlflow.create_external_model(
         name=manifest.stage,
         source_run_id=run_id,

@@ -7,12 +7,15 @@ import threading
 import time
 from collections.abc import Mapping
 from typing import Any
+from uuid import UUID
 
 import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import Param, Run, RunTag
 from mlflow.exceptions import MlflowException
-from prefect import runtime
+from prefect import get_client, runtime
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.exceptions import ObjectNotFound
 
 from grace_core.artifacts import MANIFEST, Artifact, code_version
 from grace_core.config import GraceConfig
@@ -43,9 +46,19 @@ class StageRun:
         self._lock = threading.Lock()
 
     def open(self) -> str:
-        """The run's id."""
+        """The run's id; a stage that is tried again goes on with the run it has."""
         with self._lock:
             if self._run_id is None:
+                found = self.client.search_runs(
+                    [self.experiment_id],
+                    f"tags.`mlflow.parentRunId` = '{self._parent_run}' "
+                    f"and tags.`grace.stage` = '{self._stage}'",
+                    max_results=1,
+                )
+                if found:
+                    self._run_id = str(found[0].info.run_id)
+                    self.client.update_run(self._run_id, status="RUNNING")
+                    return self._run_id
                 tags = {
                     "mlflow.parentRunId": self._parent_run,
                     "grace.stage": self._stage,
@@ -81,6 +94,7 @@ def open_parent_run(config: GraceConfig) -> Run:
     """The run of this flow run; a flow run that is tried again goes on with the run it has."""
     client = MlflowClient()
     experiment = experiment_id(config)
+    end_dead_runs(experiment)
     tags = _prefect_tags()
     if flow_run := tags.get("prefect.flow_run_id"):
         found = client.search_runs(
@@ -97,6 +111,37 @@ def open_parent_run(config: GraceConfig) -> Run:
     run = client.create_run(experiment, tags=tags, run_name=name)
     client.log_text(run.info.run_id, config.model_dump_json(indent=1), "config.json")
     return run
+
+
+def end_dead_runs(experiment: str) -> None:
+    """Mark KILLED what flow runs left RUNNING when they were killed; Prefect knows which are over.
+
+    Flow runs that this Prefect server has never had are left alone.
+    """
+    client = MlflowClient()
+    running = "attributes.status = 'RUNNING'"
+    left = {
+        run.info.run_id: run.data.tags["prefect.flow_run_id"]
+        for run in client.search_runs([experiment], f"{running} and tags.`grace.stage` = 'flow'")
+        if "prefect.flow_run_id" in run.data.tags
+    }
+    if not left:
+        return
+    with get_client(sync_client=True) as prefect:
+        dead = [run_id for run_id, flow_run_id in left.items() if _is_over(prefect, flow_run_id)]
+    for run_id in dead:
+        children = f"{running} and tags.`mlflow.parentRunId` = '{run_id}'"
+        for run in client.search_runs([experiment], children):
+            client.set_terminated(run.info.run_id, "KILLED")
+        client.set_terminated(run_id, "KILLED")
+
+
+def _is_over(prefect: SyncPrefectClient, flow_run_id: str) -> bool:
+    try:
+        state = prefect.read_flow_run(UUID(flow_run_id)).state
+    except ObjectNotFound:
+        return False
+    return state is not None and state.is_final()
 
 
 def finished_run(experiment: str, artifact: Artifact) -> str | None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import mlflow
 import pytest
@@ -175,6 +176,31 @@ def test_a_failing_stage_fails_the_run_and_keeps_what_was_done(
     stages.fail_at = None
     distill("configs/toy.yaml", overrides)
     assert stages.made == ["bf16"]
+
+
+def test_runs_that_a_killed_flow_left_open_are_closed_by_the_next(
+    stages: StandIns, overrides: list[str]
+) -> None:
+    data("configs/toy.yaml", overrides)
+    over = newest_flow_run()
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("flows").experiment_id
+
+    def left_open(flow_run_id: str) -> list[str]:
+        """Runs as a SIGKILL leaves them: a parent and a child, never ended."""
+        parent = client.create_run(
+            experiment, tags={"grace.stage": "flow", "prefect.flow_run_id": flow_run_id}
+        ).info.run_id
+        child = client.create_run(
+            experiment, tags={"grace.stage": "bf16", "mlflow.parentRunId": parent}
+        ).info.run_id
+        return [parent, child]
+
+    dead, unknown = left_open(str(over.id)), left_open(str(uuid4()))
+    data("configs/toy.yaml", overrides)
+    status = {run: client.get_run(run).info.status for run in (*dead, *unknown)}
+    assert {status[run] for run in dead} == {"KILLED"}
+    assert {status[run] for run in unknown} == {"RUNNING"}, "another server's, perhaps at work"
 
 
 def test_stage_flows_make_what_they_need(stages: StandIns, overrides: list[str]) -> None:
