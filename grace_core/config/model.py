@@ -281,6 +281,11 @@ class Publish(Section):
     """What a release is called and where it goes."""
 
     enabled: bool = True
+    approval: bool = Field(
+        False,
+        description="a person must approve: the pipeline then ends with its results and starts the "
+        "deployment grace-publish/publish, which asks and publishes",
+    )
     name: RepositoryName = Field(
         description="base name of the repositories without their owner, of letters, digits, dots, "
         "underscores and hyphens; `-BF16`, `-W8G128` and `-W4G128` are appended"

@@ -9,7 +9,7 @@ functions; nothing here knows either.
 from grace_core.stages.data import generate_benchmarks, generate_world, prepare_data
 from grace_core.stages.evaluation import evaluate
 from grace_core.stages.once import StageContext
-from grace_core.stages.publishing import publish
+from grace_core.stages.publishing import find_publication, publish
 from grace_core.stages.release import release
 from grace_core.stages.training import distill, fit_teacher, quantize
 
@@ -17,6 +17,7 @@ __all__ = [
     "StageContext",
     "distill",
     "evaluate",
+    "find_publication",
     "fit_teacher",
     "generate_benchmarks",
     "generate_world",

@@ -30,7 +30,6 @@ from grace_core.events import Event
 from grace_core.locks import sole_maker
 from grace_core.models.loading import CheckpointFolder
 
-
 _COMMANDS = {
     **dict.fromkeys(("world", "data"), "data"),
     **dict.fromkeys(("teacher", "bf16"), "distill"),

@@ -6,11 +6,14 @@ import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from grace_core.artifacts import Artifact, ArtifactWriter
+from grace_core.artifacts import Artifact, ArtifactWriter, Parent, find_artifact, fingerprint
 from grace_core.config.model import GraceConfig
+from grace_core.errors import GraceError
+from grace_core.publish.approval import Approval
 from grace_core.publish.release_set import publish_releases
-from grace_core.stages.once import StageContext, once
+from grace_core.stages.once import StageContext, once, stage_folder
 
 
 def publish(
@@ -18,26 +21,57 @@ def publish(
     releases: Mapping[str, Artifact],
     evaluations: Mapping[str, Artifact],
     context: StageContext,
+    approval: Approval | None = None,
 ) -> Artifact:
     """Stage `publish`: the results table, and the releases with their cards at the destination.
 
     Both mappings are by label. Where publishing is switched off, the table is all there is.
+    approval: goes into the artifact's facts; it decides nothing about what is published.
+
+    Raises GraceError when the configuration demands an approval and there is none.
     """
-    parents = {f"release-{label}": item.as_parent() for label, item in releases.items()}
-    parents |= {f"evaluate-{label}": item.as_parent() for label, item in evaluations.items()}
-    section = config.publish.model_dump(mode="json")
+    section, parents = _inputs(config, releases, evaluations)
 
     def make(writer: ArtifactWriter) -> None:
+        if config.publish.enabled and config.publish.approval and approval is None:
+            raise GraceError(
+                "publish.approval is true, and nobody has approved; run the deployment "
+                "grace-publish/publish, which asks, or `grace publish CONFIG --approved-by NAME`"
+            )
+        if approval is not None:
+            writer.facts["approval"] = approval.model_dump()
         publish_releases(config, releases, evaluations, writer.path)
 
     found = once(config, context, "publish", section, parents, make)
-    destinations = json.loads((found.path / "releases.json").read_text(encoding="utf-8"))
-    lost = [place for place in destinations.values() if _is_missing(place["location"])]
-    if lost:
+    if _lost(found):
         shutil.rmtree(found.path)
         found = once(config, context, "publish", section, parents, make)
     return found
 
 
-def _is_missing(location: str) -> bool:
-    return not location.startswith("http") and not Path(location).is_dir()
+def find_publication(
+    config: GraceConfig, releases: Mapping[str, Artifact], evaluations: Mapping[str, Artifact]
+) -> Artifact | None:
+    """The publication of exactly these releases and scores, where it is done and still there."""
+    section, parents = _inputs(config, releases, evaluations)
+    key = fingerprint("publish", section, parents)
+    found = find_artifact(stage_folder(config, "publish", key))
+    return None if found is None or _lost(found) else found
+
+
+def _inputs(
+    config: GraceConfig, releases: Mapping[str, Artifact], evaluations: Mapping[str, Artifact]
+) -> tuple[dict[str, Any], dict[str, Parent]]:
+    parents = {f"release-{label}": item.as_parent() for label, item in releases.items()}
+    parents |= {f"evaluate-{label}": item.as_parent() for label, item in evaluations.items()}
+    return config.publish.model_dump(mode="json", exclude={"approval"}), parents
+
+
+def _lost(publication: Artifact) -> bool:
+    """Whether a release that was published to a directory is no longer there."""
+    file = publication.path / "releases.json"
+    places = json.loads(file.read_text(encoding="utf-8")).values()
+    return any(
+        not place["location"].startswith("http") and not Path(place["location"]).is_dir()
+        for place in places
+    )
