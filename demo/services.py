@@ -52,8 +52,8 @@ def servers(folder: Path, root: Path) -> Iterator[Services]:
     """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    prefect, mlflow = f"http://{HOST}:{_port(4200)}", f"http://{HOST}:{_port(5000)}"
-    services = Services(prefect, mlflow, _environment(folder, prefect, mlflow), logs, root)
+    prefect, mlflow = f"http://{HOST}:{free_port(4200)}", f"http://{HOST}:{free_port(5000)}"
+    services = Services(prefect, mlflow, environment(folder, prefect, mlflow), logs, root)
     artifacts = (folder / "mlflow").absolute()
     with ExitStack() as stack:
         stack.enter_context(_only_one(folder))
@@ -62,21 +62,19 @@ def servers(folder: Path, root: Path) -> Iterator[Services]:
             _service(
                 services,
                 "prefect-server",
-                *("-m", "prefect", "server", "start", "--host", HOST, "--port", _of(prefect)),
+                *prefect_server(prefect),
             )
         )
         mlflow_process = stack.enter_context(
             _service(
                 services,
                 "mlflow-server",
-                *("-m", "mlflow", "server", "--host", HOST, "--port", _of(mlflow)),
-                *("--backend-store-uri", f"sqlite:///{artifacts}/mlflow.db"),
-                *("--artifacts-destination", str(artifacts / "artifacts"), "--workers", "1"),
+                *mlflow_server(mlflow, artifacts),
             )
         )
         artifacts.mkdir(exist_ok=True)
-        _wait_for(f"{prefect}/api/health", prefect_process, logs / "prefect-server.log")
-        _wait_for(f"{mlflow}/health", mlflow_process, logs / "mlflow-server.log")
+        wait_for(f"{prefect}/api/health", prefect_process, logs / "prefect-server.log")
+        wait_for(f"{mlflow}/health", mlflow_process, logs / "mlflow-server.log")
         yield services
 
 
@@ -126,7 +124,21 @@ def _service(services: Services, name: str, *arguments: str) -> Iterator[subproc
         end_process_group(process, set(), grace_seconds=5.0)
 
 
-def _environment(folder: Path, prefect: str, mlflow: str) -> dict[str, str]:
+def prefect_server(address: str) -> list[str]:
+    """Python's arguments for a Prefect server at `address`."""
+    return ["-m", "prefect", "server", "start", "--host", HOST, "--port", _of(address)]
+
+
+def mlflow_server(address: str, folder: Path) -> list[str]:
+    """Python's arguments for an MLflow server at `address` that keeps everything in `folder`."""
+    return [
+        *("-m", "mlflow", "server", "--host", HOST, "--port", _of(address)),
+        *("--backend-store-uri", f"sqlite:///{folder}/mlflow.db"),
+        *("--artifacts-destination", str(folder / "artifacts"), "--workers", "1"),
+    ]
+
+
+def environment(folder: Path, prefect: str, mlflow: str) -> dict[str, str]:
     """This process's environment without its own Prefect and MLflow settings, and ours instead."""
     kept = {
         name: value
@@ -162,7 +174,7 @@ def _only_one(folder: Path) -> Iterator[None]:
         yield
 
 
-def _port(preferred: int) -> int:
+def free_port(preferred: int) -> int:
     """`preferred` where it is free, any free port otherwise."""
     for port in (preferred, 0):
         with socket.socket() as probe:
@@ -179,7 +191,8 @@ def _of(address: str) -> str:
     return address.rsplit(":", 1)[1]
 
 
-def _wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+def wait_for(address: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    """Wait until a server answers; raises GraceError with its log when it does not."""
     deadline = time.monotonic() + _START_SECONDS
     while time.monotonic() < deadline:
         if process.poll() is not None:
