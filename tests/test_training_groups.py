@@ -25,7 +25,7 @@ from torch import Tensor
 
 from grace_core.config.model import Distillation
 from grace_core.data.packing import rows_of_steps
-from grace_core.events import read_events
+from grace_core.events import Event, read_events
 from grace_core.launch.local import torchrun_command
 from grace_core.models.families import set_trainable
 from grace_core.models.loading import load_model, read_checkpoint
@@ -46,7 +46,7 @@ STEPS = 5
 LONG_STEPS = 24
 SHORT = {"checkpoint_every": 2}
 CE_ONLY = {"distillation": {"kind": "none"}, "relational": {"enabled": False}}
-TIMES = ("seconds", "tokens_per_second")
+TIMES = ("seconds", "tokens_per_second", "data_seconds", "memory_resident_gib")
 GROUP_SECONDS = 300
 
 
@@ -108,7 +108,7 @@ class World:
         return load_file(self.root / f"group-{ranks}" / f"{name}.safetensors")
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
-        """All events of a run without what depends on the clock."""
+        """The steps of a run without what depends on the clock and the machine."""
         return [
             {
                 "stage": event.stage,
@@ -116,8 +116,12 @@ class World:
                 "kind": event.kind,
                 "values": {n: v for n, v in event.values.items() if n not in TIMES},
             }
-            for event in read_events(self.root / "work" / name / "metrics.jsonl")
+            for event in self.events(name)
+            if event.kind == "train"
         ]
+
+    def events(self, name: str) -> list[Event]:
+        return read_events(self.root / "work" / name / "metrics.jsonl")
 
     def trained(self, name: str) -> dict[str, bytes]:
         """Content of the weights that a run left."""
@@ -522,6 +526,37 @@ def test_a_damaged_checkpoint_gives_way_to_good_ones(world: World) -> None:
     assert_same_run(world, "damaged", "one-bf16-whole")
 
 
+def test_a_training_reports_rates_memory_and_waiting(world: World) -> None:
+    steps = [event.values for event in world.events("w4-whole") if event.kind == "train"]
+    own = psutil.Process().memory_info().rss / 2**30
+    for values in steps:
+        assert values["learning_rate"] > 0 and values["scale_learning_rate"] > 0
+        assert 0 <= values["data_seconds"] <= values["seconds"]
+        # A rank has torch in memory, as this process has, and four tiny models.
+        assert own / 10 < values["memory_resident_gib"] < 10 * own
+        assert values["steps"] == STEPS
+    bf16 = [event.values for event in world.events("bf16-whole") if event.kind == "train"]
+    assert not any("scale_learning_rate" in values for values in bf16)
+
+
+def test_checkpoints_and_resumes_are_events(world: World) -> None:
+    def others(name: str) -> list[tuple[str, int]]:
+        return [(e.kind, e.step) for e in world.events(name) if e.kind != "train"]
+
+    assert others("bf16-whole") == [("checkpoint", 2), ("checkpoint", 4)]
+    assert others("w4-stopped") == [("checkpoint", 2), ("resume", 2), ("checkpoint", 4)]
+    assert others("one-bf16-stopped") == [("checkpoint", 3), ("resume", 3)]
+    steps = [event.step for event in world.events("w4-stopped")]
+    assert steps == sorted(steps), "steps never fall within a file"
+    (resume,) = [event for event in world.events("w4-stopped") if event.kind == "resume"]
+    assert resume.values == {"steps": STEPS}
+    # The last checkpoint of a finished run is still there: the stage removes it, not the training.
+    written = [event for event in world.events("bf16-whole") if event.kind == "checkpoint"][-1]
+    folder = world.root / "work" / "bf16-whole" / "checkpoints" / "step-00000004"
+    assert written.values["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+    assert written.values["seconds"] > 0
+
+
 def test_divergence_keeps_the_last_good_checkpoint(world: World) -> None:
     """A weight becomes NaN before step 4; ZeRO-2, two ranks, checkpoints every two steps."""
     kind, text = world.found[2, "bf16-poisoned"]["error"]
@@ -547,7 +582,7 @@ def test_sigterm_to_the_agent_saves_and_ends_every_process(world: World) -> None
     ranks: set[psutil.Process] = set()
     try:
         deadline = time.monotonic() + 120
-        while len(read_events(work / "metrics.jsonl")) < 3:
+        while len(world.metrics("long-stopped")) < 3:
             assert agent.poll() is None, output_of(work / "first")
             assert time.monotonic() < deadline
             ranks |= set(psutil.Process(agent.pid).children(recursive=True))
@@ -560,7 +595,7 @@ def test_sigterm_to_the_agent_saves_and_ends_every_process(world: World) -> None
     assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     text = (work / "first" / "output").read_text()
     assert "saved, nothing is lost" in text
-    done = len(read_events(work / "metrics.jsonl"))
+    done = len(world.metrics("long-stopped"))
     assert 3 <= done < LONG_STEPS
     saved = latest_checkpoint(work / "checkpoints", Layout(2, 2))
     assert saved is not None and saved.step == done

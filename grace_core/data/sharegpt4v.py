@@ -20,9 +20,10 @@ Policy, where public files leave a choice:
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal, TextIO
@@ -82,6 +83,8 @@ class RawRecord:
     source_file: str
     """Name of the file, without its folder."""
     value: Any
+    bytes_read: int = field(default=0, compare=False)
+    """Of all files by now, to the megabyte: how far the reading is."""
 
 
 @dataclass(frozen=True)
@@ -112,14 +115,16 @@ def read_records(files: Sequence[Path]) -> Iterator[RawRecord]:
         GraceError: a file is missing, not UTF-8, empty, damaged or cut off; with the position.
             Damage of a file is not quarantined, because what follows it cannot be trusted.
     """
-    index = 0
+    index = before = 0
     for file in files:
         try:
             # A byte order mark is legal in front of either format.
             with file.open(encoding="utf-8-sig") as stream:
                 for value in _elements(stream, file):
-                    yield RawRecord(index, file.name, value)
+                    position = os.lseek(stream.fileno(), 0, os.SEEK_CUR)
+                    yield RawRecord(index, file.name, value, before + position)
                     index += 1
+                before += file.stat().st_size
         except UnicodeDecodeError as error:
             raise GraceError(
                 f"{file}: not UTF-8 ({error.reason}, after about {index} records); "

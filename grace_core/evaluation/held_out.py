@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,17 @@ _ROW_TOKENS = 2048
 
 
 @torch.no_grad()
-def held_out_loss(model: Any, family: Family, data: Path, visual: VisualInputs) -> float | None:
+def held_out_loss(
+    model: Any,
+    family: Family,
+    data: Path,
+    visual: VisualInputs,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> float | None:
     """Nats a supervised token over the prepared samples in `data`; None when there are none.
 
     model: loaded with packed attention. Samples are taken in order, as many at once as fit.
+    on_progress: called with (samples done, samples in all) after each such row.
     """
     samples = load_from_disk(str(data))
     total, tokens = 0.0, 0
@@ -30,6 +38,8 @@ def held_out_loss(model: Any, family: Family, data: Path, visual: VisualInputs) 
         logits = model.lm_head(row_states(model, family, row).predicting)
         total += float(cross_entropy_sum(logits, row.labels))
         tokens += len(row.labels)
+        if on_progress is not None:
+            on_progress(last, len(samples))
     return total / tokens if tokens else None
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 from grace_core.artifacts import Artifact, ArtifactWriter, Parent, fingerprint, sha256_of
 from grace_core.config.load import require_environment
 from grace_core.config.model import GraceConfig, ShareGPT4VData, ToyData
+from grace_core.data.listing import listing_digest
 from grace_core.data.prepare import PreparationReport, prepare
-from grace_core.data.sharegpt4v import read_records
+from grace_core.data.sharegpt4v import RawRecord, read_records
 from grace_core.errors import GraceError
 from grace_core.models.loading import (
     CheckpointFolder,
@@ -31,7 +34,6 @@ def generate_world(config: GraceConfig, context: StageContext) -> Artifact:
     """Stage `world`: generated pictures and conversations in ShareGPT4V's schema."""
     source = config.data.source
     assert isinstance(source, ToyData), "only toy data are generated"
-    section = {**source.model_dump(mode="json"), "seed": config.seed}
 
     def make(writer: ArtifactWriter) -> None:
         write_training_set(
@@ -41,7 +43,12 @@ def generate_world(config: GraceConfig, context: StageContext) -> Artifact:
             wrong_answer_share=source.wrong_answer_share,
         )
 
-    return once(config, context, "world", section, {}, make)
+    return once(config, context, "world", world_section(config), {}, make)
+
+
+def world_section(config: GraceConfig) -> dict[str, Any]:
+    """Everything that decides what toy data are generated."""
+    return {**config.data.source.model_dump(mode="json"), "seed": config.seed}
 
 
 def generate_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
@@ -61,8 +68,9 @@ def prepare_data(config: GraceConfig, context: StageContext) -> Artifact:
     data = config.data
     parents = {"tokenizer": _tokenizer_parent(student)}
     if isinstance(data.source, ShareGPT4VData):
-        root, files = _sharegpt4v_files(data.source)
-        parents["annotations"] = _annotations_parent(files)
+        root, files = sharegpt4v_files(data.source)
+        parents["annotations"] = annotations_parent(files)
+        parents["pictures"] = pictures_parent(root, config.run_dir)
         limit = data.source.limit
     else:
         world = generate_world(config, context)
@@ -73,11 +81,23 @@ def prepare_data(config: GraceConfig, context: StageContext) -> Artifact:
     def make(writer: ArtifactWriter) -> None:
         visual = VisualInputs(student, min_pixels=data.min_pixels, max_pixels=data.max_pixels)
 
+        total = data.source.records if isinstance(data.source, ToyData) else limit
+        size, bytes_read = sum(file.stat().st_size for file in files), 0
+
+        def records() -> Iterator[RawRecord]:
+            nonlocal bytes_read
+            for raw in islice(read_records(files), limit):
+                bytes_read = raw.bytes_read
+                yield raw
+
         def report(counts: PreparationReport) -> None:
-            context.on_event(progress("data", counts.records, _counts(counts)))
+            # How many records a file holds is known at its end; how many bytes, from the start.
+            done, of = (counts.records, total) if total else (bytes_read, size)
+            values = {**_counts(counts), "done": float(done), "total": float(of)}
+            context.on_event(progress("data", counts.records, values))
 
         counts = prepare(
-            islice(read_records(files), limit),
+            records(),
             root=root,
             tokenizer=load_tokenizer(student.path),
             image_token_id=student.image_token_id,
@@ -113,7 +133,8 @@ def _tokenizer_parent(folder: CheckpointFolder) -> Parent:
     )
 
 
-def _sharegpt4v_files(source: ShareGPT4VData) -> tuple[Path, list[Path]]:
+def sharegpt4v_files(source: ShareGPT4VData) -> tuple[Path, list[Path]]:
+    """The picture root and the annotation files; raises GraceError for those that are missing."""
     require_environment(source.root, "data.source.root")
     root = Path(source.root).expanduser()
     files = [root / name for name in source.annotations]
@@ -126,13 +147,19 @@ def _sharegpt4v_files(source: ShareGPT4VData) -> tuple[Path, list[Path]]:
     return root, files
 
 
-def _annotations_parent(files: list[Path]) -> Parent:
+def annotations_parent(files: list[Path]) -> Parent:
+    """The annotation files by content."""
     digests = {str(number): sha256_of(file) for number, file in enumerate(files)}
     return Parent(
         kind="annotations",
         path=", ".join(str(file) for file in files),
         digest=fingerprint("annotations", digests, {}),
     )
+
+
+def pictures_parent(root: Path, run_dir: Path) -> Parent:
+    """Everything below the root by name, size and time: reading it all would take too long."""
+    return Parent(kind="pictures", path=str(root), digest=listing_digest(root, run_dir))
 
 
 def _counts(counts: PreparationReport) -> dict[str, float]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,13 +82,19 @@ def _evaluate(
     visual = VisualInputs(folder)
     (writer.path / "predictions").mkdir()
     results = {}
-    for name in settings.benchmarks:
-        benchmark = load_benchmark(benchmarks.path / name).first(settings.items)
+    chosen = {
+        name: load_benchmark(benchmarks.path / name).first(settings.items)
+        for name in settings.benchmarks
+    }
+    held_out = 0 if data is None else int(data.manifest.metrics["held_out"])
+    total = held_out + sum(len(benchmark.items) for benchmark in chosen.values())
+    before = 0  # questions of the benchmarks that are done
 
-        def report(done: int, total: int, name: str = name) -> None:
-            values = {f"{name}/done": float(done), f"{name}/total": float(total)}
-            context.on_event(progress(f"evaluate-{label}", done, values))
+    def report(name: str, done: int, _of: int) -> None:
+        values = {name: float(done), "done": float(before + done), "total": float(total)}
+        context.on_event(progress(f"evaluate-{label}", before + done, values))
 
+    for name, benchmark in chosen.items():
         predictions = generate_answers(
             model,
             tokenizer,
@@ -95,8 +102,9 @@ def _evaluate(
             benchmark.items,
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
-            on_progress=report,
+            on_progress=partial(report, name),
         )
+        before += len(benchmark.items)
         result = score(benchmark, predictions)
         results[name] = result.to_dict()
         if result.accuracy is not None:
@@ -112,7 +120,13 @@ def _evaluate(
         limited = VisualInputs(
             folder, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
         )
-        loss = held_out_loss(packed, folder.family, data.path / HELD_OUT, limited)
+        loss = held_out_loss(
+            packed,
+            folder.family,
+            data.path / HELD_OUT,
+            limited,
+            on_progress=partial(report, HELD_OUT),
+        )
         summary["held_out_loss"] = loss
         if loss is not None:
             writer.metrics["held_out_loss"] = loss

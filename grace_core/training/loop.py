@@ -11,7 +11,6 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import deepspeed
@@ -22,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from grace_core.data.packing import planned_steps, rows_of_steps
 from grace_core.errors import GraceError
-from grace_core.events import Event, EventWriter, truncate_after
 from grace_core.losses.objective import (
     GlobalCounts,
     StudentObjective,
@@ -47,6 +45,7 @@ from grace_core.training.optimizer import (
     set_rate,
     weight_optimizer,
 )
+from grace_core.training.reports import Agreement, Reporter, StepReport, agree
 from grace_core.training.result import write_result
 from grace_core.training.saved import Layout, Saved, latest_checkpoint
 from grace_core.training.stopping import StopSignal
@@ -69,19 +68,6 @@ def train(job: TrainingJob, device: torch.device, stop: StopSignal) -> bool:
         return False
     write_result(job, trainer.student.model, trainer.bank)
     return True
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What one optimizer step measured, equal on all ranks; losses are global means."""
-
-    cross_entropy: float
-    distillation: float
-    relational: float
-    tokens: int
-    supervised: float
-    grad_norm: float
-    scale_grad_norm: float | None
 
 
 class Trainer:
@@ -155,9 +141,7 @@ class Trainer:
 
     def run(self, stop: StopSignal) -> bool:
         """Train to the last step; False when stopped before it."""
-        if self.rank == 0:
-            truncate_after(self.job.metrics, self.step)
-        events = EventWriter(self.job.metrics) if self.rank == 0 else None
+        reporter = Reporter(self.job, self.step, self.steps) if self.rank == 0 else None
         every = self.job.training.checkpoint_every
         rows = iter(self._rows())
         last_saved = self.step
@@ -167,20 +151,22 @@ class Trainer:
         try:
             while self.step < self.steps:
                 started = time.monotonic()
-                report = self.optimizer_step([next(rows) for _ in range(self._rows_per_process)])
+                of_step = [next(rows) for _ in range(self._rows_per_process)]
+                waited = time.monotonic() - started
+                report = self.optimizer_step(of_step)
                 seconds = time.monotonic() - started
-                if events is not None:
-                    events.write(self._event(report, seconds))
-                stopping = self._any_rank(stop.requested)
-                if stopping:
-                    self._stop(stop, last_saved)
+                agreed = agree(self.device, stop=stop.requested, data_seconds=waited)
+                if reporter is not None:
+                    reporter.stepped(self.step, self._values(report, seconds, agreed))
+                if agreed.stop:
+                    self._stop(stop, last_saved, reporter)
                     return False
                 if self.step % every == 0 and self.step < self.steps:
-                    stop.write_seconds = self.save()
+                    stop.write_seconds = self.save(reporter)
                     last_saved = self.step
         finally:
-            if events is not None:
-                events.close()
+            if reporter is not None:
+                reporter.close()
         return True
 
     def optimizer_step(self, rows: list[PackedRow]) -> StepReport:
@@ -229,12 +215,12 @@ class Trainer:
         self.step += 1
         return StepReport(**{**vars(report), "grad_norm": grad_norm, "scale_grad_norm": scale_norm})
 
-    def save(self) -> float:
+    def save(self, reporter: Reporter | None) -> float:
         """Write a checkpoint; returns the seconds it took."""
         scales = None
         if self.bank is not None and self.scale_optimizer is not None:
             scales = (self.bank, self.scale_optimizer)
-        return checkpoints.save_checkpoint(
+        seconds = checkpoints.save_checkpoint(
             self.job.checkpoints,
             self.engine,
             self.student.model,
@@ -244,6 +230,9 @@ class Trainer:
             scales=scales,
             keep=self.job.training.keep_checkpoints,
         )
+        if reporter is not None:
+            reporter.saved(self.step, seconds)
+        return seconds
 
     @property
     def _rows_per_process(self) -> int:
@@ -326,16 +315,11 @@ class Trainer:
             "Lower learning_rate or omega, or look at the records of this step, then run again"
         )
 
-    def _any_rank(self, flag: bool) -> bool:
-        agreed = torch.tensor(int(flag), device=self.device)
-        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
-        return bool(agreed)
-
-    def _stop(self, stop: StopSignal, last_saved: int) -> None:
+    def _stop(self, stop: StopSignal, last_saved: int, reporter: Reporter | None) -> None:
         fits = torch.tensor(int(stop.write_fits(self.job.grace_seconds)), device=self.device)
         dist.all_reduce(fits, op=dist.ReduceOp.MIN)
         if bool(fits):
-            self.save()
+            self.save(reporter)
             log.warning("stopped by signal after step %d; saved, nothing is lost", self.step)
         else:
             log.warning(
@@ -344,7 +328,8 @@ class Trainer:
                 self.step - last_saved,
             )
 
-    def _event(self, report: StepReport, seconds: float) -> Event:
+    def _values(self, report: StepReport, seconds: float, agreed: Agreement) -> dict[str, float]:
+        """What a step's event holds; `seconds` is the whole step, waiting for data included."""
         values = {
             "cross_entropy": report.cross_entropy,
             "distillation": report.distillation,
@@ -356,13 +341,17 @@ class Trainer:
             "supervised_tokens": report.supervised,
             "tokens_per_second": report.tokens / seconds,
             "seconds": seconds,
+            "data_seconds": agreed.data_seconds,
             "steps": float(self.steps),
+            **agreed.memory,
         }
         if self.controller.ema is not None:
             values["distillation_ema"] = self.controller.ema
+        if self.scale_optimizer is not None:
+            values["scale_learning_rate"] = self.scale_optimizer.param_groups[0]["lr"]
         if report.scale_grad_norm is not None:
             values["scale_grad_norm"] = report.scale_grad_norm
-        return Event(time.time(), self.job.stage, self.step, "train", values)
+        return values
 
 
 def _agreed(job: TrainingJob, layout: Layout) -> Saved | None:

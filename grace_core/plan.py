@@ -1,0 +1,76 @@
+"""Which stages a command or a flow goes through, and how long each took when it ran before."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from grace_core.artifacts import MANIFEST, Artifact, find_artifact
+from grace_core.config.model import GraceConfig
+from grace_core.events import read_events
+
+Goal = Literal["data", "teacher", "distill", "quantize", "release", "evaluate", "publish"]
+"""What is asked for; the stages before it are part of the way."""
+
+
+def planned_stages(config: GraceConfig, goal: Goal) -> list[str]:
+    """Names of the stages on the way to `goal`, in the order in which they run."""
+    world = ["world"] if config.data.source.kind == "toy" else []
+    teacher = ["teacher"] if config.teacher_fit else []
+    students = ["bf16", *config.quantize.variants]
+    releases = [f"release-{label}" for label in students]
+    rows = [f"evaluate-{label}" for label in ("teacher", "baseline", *students)]
+    ways: dict[Goal, list[str]] = {
+        "data": world + ["data"],
+        "teacher": world + ["data", *teacher],
+        "distill": world + ["data", *teacher, "bf16"],
+        "quantize": world + ["data", *teacher, *students],
+    }
+    ways["release"] = ways["quantize"] + releases
+    ways["evaluate"] = ways["release"] + rows
+    ways["publish"] = [*ways["evaluate"], "publish"]
+    return ways[goal]
+
+
+def earlier_seconds(config: GraceConfig, stage: str) -> float | None:
+    """Seconds that `stage` took when it last did the same amount of work in this run folder.
+
+    None where it never did. A stage that was resumed does not count: its manifest knows of its
+    last attempt alone.
+    """
+    found = [
+        artifact
+        for folder in (config.run_dir / "artifacts").glob(f"{stage}-*/{MANIFEST}")
+        if (artifact := find_artifact(folder.parent)) is not None
+        and artifact.manifest.stage == stage
+        and _same_work(config, artifact)
+        and not _was_resumed(config.run_dir, artifact)
+    ]
+    if not found:
+        return None
+    return max(found, key=lambda artifact: artifact.manifest.created).manifest.seconds
+
+
+def _same_work(config: GraceConfig, artifact: Artifact) -> bool:
+    """Whether the settings that decide how long a stage takes are those of the configuration."""
+    stage, recorded = artifact.manifest.stage, artifact.manifest.config
+    wanted: Any
+    if stage in ("bf16", "teacher", "w8", "w4"):
+        section = {"bf16": config.distill, "teacher": config.teacher_fit}.get(
+            stage, config.quantize
+        )
+        wanted = section.training.model_dump(mode="json") if section else None
+        return bool(recorded.get("training") == wanted)
+    if stage in ("world", "data"):
+        source = config.data.source.model_dump(mode="json")
+        return source.items() <= (recorded if stage == "world" else recorded["source"]).items()
+    if stage.startswith("evaluate-"):
+        names = ("benchmarks", "items", "max_new_tokens")
+        wanted = config.evaluation.model_dump(mode="json")
+        return all(recorded.get(name) == wanted[name] for name in names)
+    return True
+
+
+def _was_resumed(run_dir: Path, artifact: Artifact) -> bool:
+    events = read_events(run_dir / "work" / artifact.path.name / "metrics.jsonl")
+    return any(event.kind == "resume" for event in events)
