@@ -26,7 +26,7 @@ from grace_core.artifacts import Artifact, verify_artifact
 from grace_core.config.model import GraceConfig
 from grace_core.events import Event
 from grace_core.models.families import FAMILIES as SUPPORTED
-from grace_core.quantization.convert import PROJECTIONS
+from grace_core.models.families import PROJECTIONS
 from grace_core.stages import StageContext
 from tests.tiny_models import DECODER, FAMILIES, image_batch, save_tiny, text_batch
 

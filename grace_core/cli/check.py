@@ -11,9 +11,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from grace_core.cli.findings import Checkpoint, Findings, training_stages
+from grace_core.cli.findings import Findings
 from grace_core.config.load import config_digest
 from grace_core.config.model import GraceConfig, Objective, Training
+from grace_core.doctor.checkpoints import Checkpoint
+from grace_core.doctor.memory import training_stages
 
 _DISTILLATION = {"gated-decoupled": "GDKD", "decoupled": "DKD", "plain": "KD"}
 

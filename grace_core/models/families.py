@@ -1,17 +1,30 @@
 """What differs between the model families: where their parts are.
 
 A family is data, not a class hierarchy: adding one means adding an entry to `FAMILIES` and, where
-its pictures or positions follow a new rule, a branch in `visual_inputs` or `forward`.
+its pictures or positions follow a new rule, a branch in `visual_inputs` or `forward`. No torch is
+loaded here, so that a checkpoint's headers can be judged before anything heavy is.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
-
-from torch import nn
+from typing import TYPE_CHECKING, Literal
 
 from grace_core.errors import GraceError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PROJECTIONS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+"""Linear layers of a decoder layer, of every family; these are quantized."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,8 @@ def family_of(model_type: str) -> Family:
 
 def decoder_layers(model: nn.Module, family: Family) -> nn.ModuleList:
     """The decoder layers, first to last."""
+    from torch import nn
+
     layers = model.get_submodule(family.decoder).layers
     assert isinstance(layers, nn.ModuleList)
     return layers

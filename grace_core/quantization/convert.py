@@ -15,19 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from grace_core.errors import GraceError
+from grace_core.models.families import PROJECTIONS
 from grace_core.quantization.linear import QuantizedLinear
 from grace_core.quantization.lsq import initial_scale
 from grace_core.quantization.scales import ScaleBank
-
-PROJECTIONS = (
-    "self_attn.q_proj",
-    "self_attn.k_proj",
-    "self_attn.v_proj",
-    "self_attn.o_proj",
-    "mlp.gate_proj",
-    "mlp.up_proj",
-    "mlp.down_proj",
-)
 
 
 def quantizable_linears(model: nn.Module, decoder_prefix: str) -> dict[str, nn.Linear]:

@@ -1,0 +1,148 @@
+"""The training data: the files are here, and their first records are sound."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+from grace_core.config.load import require_environment
+from grace_core.config.model import GraceConfig, ShareGPT4VData
+from grace_core.doctor.checkpoints import Checkpoint
+from grace_core.doctor.findings import Finding, ok, problem, warning
+from grace_core.errors import GraceError
+
+AREA = "data"
+SAMPLE = 20
+"""Records that are looked at, of each annotation file."""
+
+_SHOWN = 3
+
+
+def picture_misfits(config: GraceConfig, student: Checkpoint) -> Iterator[Finding]:
+    """Pictures that no machine can fit into a sample."""
+    area = student.pixels_per_token
+    if area is not None and config.data.min_pixels // area >= config.data.max_tokens:
+        yield problem(
+            AREA,
+            f"data.min_pixels ({config.data.min_pixels}) makes at least "
+            f"{config.data.min_pixels // area} tokens of every picture, which is all of "
+            f"data.max_tokens ({config.data.max_tokens}) or more",
+            "lower the one or raise the other",
+        )
+
+
+def missing_data(config: GraceConfig) -> Iterator[Finding]:
+    """Data root and annotation files that are not here."""
+    source = config.data.source
+    if not isinstance(source, ShareGPT4VData):
+        return
+    root, files = _places(source)
+    missing = [str(path) for path in (root, *files) if not path.exists()]
+    if missing:
+        shown = missing[0] if not root.exists() else ", ".join(missing)
+        yield problem(
+            AREA,
+            f"data.source: not on this machine: {shown}",
+            "set data.source.root or GRACE_DATA_ROOT",
+        )
+
+
+def unfitting_pictures(config: GraceConfig, student: Checkpoint) -> Iterator[Finding]:
+    """Pictures that are accepted, and then make their record too long."""
+    area = student.pixels_per_token
+    if area is not None and config.data.max_pixels // area >= config.data.max_tokens:
+        yield warning(
+            AREA,
+            f"data.max_pixels: a picture of {config.data.max_pixels} pixels makes "
+            f"{config.data.max_pixels // area} tokens, and with data.max_tokens "
+            f"{config.data.max_tokens} its record goes to quarantine",
+            "lower the one or raise the other",
+        )
+
+
+def check_data(config: GraceConfig, student: Checkpoint) -> Iterator[Finding]:
+    """Root and annotation files are here, their first records sound and with their pictures."""
+    yield from picture_misfits(config, student)
+    yield from unfitting_pictures(config, student)
+    source = config.data.source
+    if not isinstance(source, ShareGPT4VData):
+        yield ok(AREA, f"{source.records:,} records are generated")
+        return
+    missing = [*missing_data(config)]
+    yield from missing
+    if not missing:
+        yield from _sample(source)
+
+
+def _places(source: ShareGPT4VData) -> tuple[Path, list[Path]]:
+    require_environment(source.root, "data.source.root")
+    root = Path(source.root).expanduser()
+    return root, [root / name for name in source.annotations]
+
+
+def _sample(source: ShareGPT4VData) -> Iterator[Finding]:
+    from grace_core.data.pictures import resolve_picture
+    from grace_core.data.sharegpt4v import UnusableRecord, parse_record, read_records
+
+    root, files = _places(source)
+    for file in files:
+        seen, reasons = 0, []
+        try:
+            for raw in islice(read_records([file]), SAMPLE):
+                seen += 1
+                try:
+                    for picture in parse_record(raw).images:
+                        resolve_picture(root, picture)
+                except UnusableRecord as error:
+                    reasons.append(f"record {raw.index}: {error}")
+        except GraceError as error:
+            yield problem(AREA, str(error), "mend the file, or name another one")
+            continue
+        if not seen:
+            yield problem(AREA, f"{file} holds no record", "name another annotation file")
+        elif len(reasons) == seen:
+            yield problem(
+                AREA,
+                f"{file}: none of the first {seen} records can be used ({reasons[0]})",
+                "check data.source.root, below which the pictures must lie, and the file's schema",
+            )
+        elif reasons:
+            yield warning(
+                AREA,
+                f"{file}: {len(reasons)} of the first {seen} records go to quarantine "
+                f"({'; '.join(reasons[:_SHOWN])})",
+                "look at these records before a long run",
+            )
+        else:
+            yield ok(AREA, f"{file}: the first {seen} records and their pictures are sound")
+
+
+def estimated_size(source: ShareGPT4VData) -> float:
+    """Bytes of the prepared data, from the first records of each file: the pictures as they are,
+    and about as much for tokens and labels as twice the text. 0 where nothing can be read."""
+    from grace_core.data.pictures import resolve_picture
+    from grace_core.data.sharegpt4v import UnusableRecord, parse_record, read_records
+
+    root, files = _places(source)
+    left = float("inf") if source.limit is None else float(source.limit)
+    size = 0.0
+    for file in files:
+        texts, pictures = [], 0
+        try:
+            for raw in islice(read_records([file]), SAMPLE):
+                texts.append(len(json.dumps(raw.value, ensure_ascii=False).encode()))
+                try:
+                    paths = [resolve_picture(root, name) for name in parse_record(raw).images]
+                except UnusableRecord:
+                    continue  # goes to quarantine, which is text alone
+                pictures += sum(path.stat().st_size for path in paths)
+        except GraceError:
+            continue  # told by `check_data`
+        if not texts:
+            continue
+        records = min(left, file.stat().st_size / (sum(texts) / len(texts)))
+        size += records * (pictures + 2 * sum(texts)) / len(texts)
+        left -= records
+    return size

@@ -1,0 +1,67 @@
+"""All checks of a configuration on this machine, in the order in which they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from grace_core.config.model import GraceConfig
+from grace_core.doctor.checkpoints import Checkpoint, read_checkpoint
+from grace_core.doctor.dataset import check_data
+from grace_core.doctor.disk import check_disk
+from grace_core.doctor.findings import Finding, information
+from grace_core.doctor.hub import check_publishing, look_up
+from grace_core.doctor.machine import AREA as MACHINE
+from grace_core.doctor.machine import check_machine
+from grace_core.doctor.models import check_models, downloads
+from grace_core.doctor.versions import check_versions
+from grace_core.plan import Goal, planned_stages
+
+_COMPUTES_NOTHING = ("world", "data", "publish")
+
+
+def examine(config: GraceConfig, goal: Goal = "publish") -> list[Finding]:
+    """Look at everything that a run up to `goal` needs; Prefect and MLflow are not asked.
+
+    Loads no weights, downloads nothing and imports no torch. What only finished stages would need
+    is not asked for: a run that merely publishes what is there needs neither GPU nor room for
+    checkpoints.
+    """
+    return list(_all(config, goal))
+
+
+def _all(config: GraceConfig, goal: Goal) -> Iterator[Finding]:
+    yield from check_versions()
+    teacher, unreadable_teacher = read_checkpoint(config.models.teacher, "models.teacher.path")
+    student, unreadable_student = read_checkpoint(config.models.student, "models.student.path")
+    yield from (*unreadable_teacher, *unreadable_student)
+    for checkpoint in downloads(teacher, student):
+        looked_up, found = look_up(checkpoint)
+        yield from found
+        teacher = looked_up if checkpoint.source == teacher.source else teacher
+        student = looked_up if checkpoint.source == student.source else student
+    yield from check_models(config, teacher, student)
+    yield from check_data(config, student)
+    yield from _compute(config, goal, teacher, student)
+    if "publish" in planned_stages(config, goal):
+        yield from check_publishing(config)
+
+
+def _compute(
+    config: GraceConfig, goal: Goal, teacher: Checkpoint, student: Checkpoint
+) -> Iterator[Finding]:
+    """The machine that trains, and room for what it leaves."""
+    left = [stage for stage in planned_stages(config, goal) if not _is_there(config, stage)]
+    if not [stage for stage in left if stage not in _COMPUTES_NOTHING]:
+        yield information(MACHINE, f"nothing is left to compute up to `{goal}`; not examined")
+    else:
+        yield from check_machine(config, teacher, student, processes=config.launch.processes)
+    yield from check_disk(config, teacher, student, nodes=1)
+
+
+def _is_there(config: GraceConfig, stage: str) -> bool:
+    """Whether run_dir holds an artifact of the stage, of whatever settings.
+
+    Which settings it was made with shows only when the stage itself compares fingerprints, for
+    which it reads every weight.
+    """
+    return any((config.run_dir / "artifacts").glob(f"{stage}-*"))
