@@ -15,6 +15,7 @@ import psutil
 import pytest
 
 from grace_core.launch.local import torchrun_command
+from grace_core.launch.output import new_attempt
 from grace_core.launch.process_group import ProcessesFailed, run_process_group
 
 # An agent that starts one rank in a session of its own, as torchrun does, and forwards SIGTERM.
@@ -254,7 +255,7 @@ def test_torchrun_keeps_each_ranks_output(tmp_path: Path, monkeypatch: pytest.Mo
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     arguments = torchrun_command(
-        "rank_program", ["shard-7"], processes=2, log_folder=tmp_path / "logs"
+        "rank_program", ["shard-7"], processes=2, ranks=new_attempt(tmp_path / "logs")
     )
     lines: list[str] = []
     with pytest.raises(ProcessesFailed) as caught:

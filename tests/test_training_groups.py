@@ -284,7 +284,7 @@ def start(module: str, arguments: list[str], ranks: int, logs: Path) -> subproce
     logs.mkdir(parents=True, exist_ok=True)
     with (logs / "output").open("wb") as output:
         return subprocess.Popen(
-            torchrun_command(module, arguments, processes=ranks, log_folder=logs),
+            torchrun_command(module, arguments, processes=ranks, ranks=logs / "ranks"),
             cwd=ROOT,
             stdout=output,
             stderr=output,

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from grace_core.config.model import Launch
-
-logger = logging.getLogger(__name__)
-
-_SECRET = re.compile(
-    r"TOKEN|SECRET|PASSWORD|CREDENTIAL|API_KEY|ACCESS_KEY|AUTH_STRING|CONNECTION_URL"
-)
+from grace_core.launch.output import stream
+from grace_core.secrets import is_secret
 
 
 @dataclass(frozen=True)
@@ -44,12 +38,13 @@ class Backend(Protocol):
         program: Program,
         *,
         on_poll: Callable[[], None],
-        on_line: Callable[[str], None] = logger.info,
+        on_line: Callable[[str], None] = stream,
     ) -> None:
         """Run `program` to its end, leaving no process behind however it ends.
 
         on_poll: called every so often while it runs, and once after the end; on_line: gets the
-        output of rank 0 as it comes. The output of every rank is kept below `program.logs`.
+        output of rank 0 as it comes, and what other ranks warn of. The output of every rank is kept
+        below `program.logs`.
 
         Raises ProcessesFailed when the program failed. Whatever interrupts the wait (a
         cancellation, Ctrl-C, an error of `on_poll`) is raised again once the processes are ended.
@@ -65,7 +60,7 @@ def backend_of(launch: Launch) -> Backend:
 
 def rank_environment(launch: Launch) -> Mapping[str, str]:
     """Environment of every rank: this process's, without secrets, which no rank needs."""
-    kept = {name: value for name, value in os.environ.items() if not _SECRET.search(name)}
+    kept = {name: value for name, value in os.environ.items() if not is_secret(name)}
     return {
         **kept,
         "OMP_NUM_THREADS": str(launch.threads_per_process),

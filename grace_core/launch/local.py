@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from grace_core.config.model import Launch
 from grace_core.launch.backend import Program, rank_environment
+from grace_core.launch.output import new_attempt, stream
 from grace_core.launch.process_group import run_process_group
 from grace_core.locks import wait_for_ranks
-
-logger = logging.getLogger(__name__)
 
 
 class LocalBackend:
@@ -26,7 +24,7 @@ class LocalBackend:
         program: Program,
         *,
         on_poll: Callable[[], None],
-        on_line: Callable[[str], None] = logger.info,
+        on_line: Callable[[str], None] = stream,
     ) -> None:
         launch = self._launch
         wait_for_ranks(program.work)
@@ -35,7 +33,7 @@ class LocalBackend:
                 program.module,
                 program.arguments,
                 processes=launch.processes,
-                log_folder=program.logs,
+                ranks=new_attempt(program.logs),
             ),
             stage=program.stage,
             env=rank_environment(launch),
@@ -48,11 +46,11 @@ class LocalBackend:
 
 
 def torchrun_command(
-    module: str, arguments: Sequence[str], *, processes: int, log_folder: Path
+    module: str, arguments: Sequence[str], *, processes: int, ranks: Path
 ) -> list[str]:
     """Command that runs `python -m module arguments` in `processes` ranks on this machine.
 
-    Each rank's output is kept below `log_folder/ranks` and repeated by the agent with the rank in
+    Each rank's output is kept below `ranks` and repeated by the agent with the rank in
     front (`[default0]:`), which is how `run_process_group` tells the ranks apart.
     """
     return [
@@ -61,7 +59,7 @@ def torchrun_command(
         "torch.distributed.run",
         "--standalone",
         f"--nproc-per-node={processes}",
-        f"--log-dir={log_folder / 'ranks'}",
+        f"--log-dir={ranks}",
         "--redirects=3",
         "--tee=3",
         "-m",

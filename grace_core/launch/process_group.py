@@ -16,7 +16,6 @@ import contextlib
 import ctypes
 import logging
 import os
-import re
 import signal
 import subprocess
 import time
@@ -28,6 +27,7 @@ import psutil
 
 from grace_core.errors import GraceError
 from grace_core.events import LineReader
+from grace_core.launch.output import first_failure, is_streamed, lines_of_rank, stream
 
 logger = logging.getLogger(__name__)
 
@@ -35,19 +35,19 @@ _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)  # loaded before any fork: the child must not import
 _SHOWN_LINES = 20
 _KILL_SECONDS = 10.0  # only a process stuck in a driver or a file system outlives SIGKILL so long
-_RANK_LINE = re.compile(r"^\[[a-z]*(\d+)\]:")
-_FAILED_RANK = re.compile(r"failed \(exitcode: -?\d+\) local_rank: (\d+)")
 
 
 class ProcessesFailed(GraceError):
     """A process group ended with an error or did not end in time.
 
-    exit_code: the agent's, negative for a signal; None when the time ran out.
+    exit_code: the agent's, negative for a signal; None when the time ran out. lines: all error
+    output of the rank that failed first, where the agent named one; else all there is.
     """
 
-    def __init__(self, message: str, exit_code: int | None) -> None:
+    def __init__(self, message: str, exit_code: int | None, lines: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+        self.lines = lines
 
 
 def run_process_group(
@@ -59,15 +59,16 @@ def run_process_group(
     grace_seconds: float = 20.0,
     timeout_seconds: float | None = None,
     on_poll: Callable[[], None] | None = None,
-    on_line: Callable[[str], None] = logger.info,
+    on_line: Callable[[str], None] = stream,
     poll_seconds: float = 0.5,
 ) -> None:
     """Run `command` to its end, leaving no process behind however it ends.
 
     `env` is the child's whole environment. Output goes to `stdout.log` and `stderr.log` in
-    `log_folder` (appended); `on_line` also gets rank 0's lines, or all lines where no rank is
-    marked. `on_poll` is called every `poll_seconds` and once after the end. `grace_seconds` lie
-    between SIGTERM and SIGKILL when this call is interrupted, fails or runs out of time.
+    `log_folder` (appended); `on_line` also gets rank 0's lines, all lines where no rank is
+    marked, and those in which another rank warns or fails. `on_poll` is called every
+    `poll_seconds` and once after the end. `grace_seconds` lie between SIGTERM and SIGKILL when this
+    call is interrupted, fails or runs out of time.
 
     Raises ProcessesFailed on a non-zero exit code or after `timeout_seconds`; any exception
     that interrupts the wait (a cancellation, Ctrl-C, an error of `on_poll`) is raised again once
@@ -88,7 +89,7 @@ def run_process_group(
         group.update(_descendants(agent))
         for reader in followed:
             for line in reader.poll():
-                if (marked := _RANK_LINE.match(line)) is None or marked.group(1) == "0":
+                if is_streamed(line):
                     on_line(line)
         if on_poll is not None:
             on_poll()
@@ -114,11 +115,18 @@ def run_process_group(
     else:
         problem = f"ended with {_describe(exit_code)}"
         remedy = "mend what it says and run again: training resumes from its last checkpoint"
+    lines = LineReader(err, earlier).poll()
+    if (failed := first_failure(lines)) is not None:
+        rank, code = failed
+        problem += f" (rank {rank} failed first, with {_describe(code)})"
+        lines = lines_of_rank(lines, rank) or lines
+    shown = lines[-_SHOWN_LINES:] or ["(nothing was written)"]
     raise ProcessesFailed(
         f"stage {stage}: its processes {problem}; {remedy}.\n"
         f"Full output: {log_folder}\nLast lines of the error output:\n"
-        + "\n".join(f"  {line}" for line in _failure_lines(err, earlier)),
+        + "\n".join(f"  {line}" for line in shown),
         exit_code,
+        lines,
     )
 
 
@@ -216,15 +224,3 @@ def _describe(exit_code: int) -> str:
     name = signal.Signals(-exit_code).name
     hint = " (often: out of memory)" if name == "SIGKILL" else ""
     return f"signal {name}{hint}"
-
-
-def _failure_lines(stderr: Path, offset: int) -> list[str]:
-    """The lines that tell why: those of the rank that failed first, as the agent names it."""
-    lines = LineReader(stderr, offset).poll()
-    failed = [match.group(1) for line in lines if (match := _FAILED_RANK.search(line))]
-    if failed:
-        marked = [
-            line for line in lines if (m := _RANK_LINE.match(line)) and m.group(1) == failed[0]
-        ]
-        lines = marked or lines
-    return lines[-_SHOWN_LINES:] or ["(nothing was written)"]
