@@ -19,7 +19,7 @@ import platform
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -50,7 +50,20 @@ _RECORDED_PACKAGES = (
 
 
 class ArtifactDamaged(GraceError):
-    """An artifact's files are not those that its manifest lists."""
+    """An artifact is not what its stage left: its manifest, or files that this lists.
+
+    aside: where it was moved to, None while it still has its name.
+    """
+
+    def __init__(self, folder: Path, problems: Sequence[str], aside: Path | None = None) -> None:
+        self.folder, self.problems, self.aside = folder, list(problems), aside
+        remedy = (
+            "delete it and run its stage again"
+            if aside is None
+            else f"it was moved to {aside}; run again, and its stage makes it anew"
+        )
+        listed = "".join(f"\n  {problem}" for problem in self.problems)
+        super().__init__(f"{folder} is damaged:{listed}\n{remedy}")
 
 
 class FileEntry(BaseModel):
@@ -94,6 +107,7 @@ class Manifest(BaseModel):
     metrics: dict[str, float] = {}
     facts: dict[str, Any] = Field({}, description="what else later stages and cards quote")
     files: dict[str, FileEntry] = {}
+    checksum: str | None = Field(None, description="SHA-256 over everything else in here")
 
 
 @dataclass(frozen=True)
@@ -199,7 +213,10 @@ class ArtifactWriter:
             facts=self.facts,
             files=files,
         )
-        (self.path / MANIFEST).write_text(manifest.model_dump_json(indent=1), encoding="utf-8")
+        content = manifest.model_dump(mode="json")
+        content["checksum"] = _checksum(content)
+        text = json.dumps(content, indent=1, ensure_ascii=False)
+        (self.path / MANIFEST).write_text(text, encoding="utf-8")
         _flush_to_disk(self.path)
         if self.final.exists():
             # A directory of the final name without a readable manifest is a foreign leftover.
@@ -221,19 +238,29 @@ def find_artifact(folder: Path) -> Artifact | None:
 
 
 def read_artifact(folder: Path) -> Artifact:
-    """Read the manifest of `folder`; raises GraceError when it is missing or damaged."""
+    """Read the manifest of `folder`.
+
+    Raises ArtifactDamaged when it is not as it was written, GraceError when there is none, or one
+    of another version.
+    """
     file = folder / MANIFEST
     try:
-        manifest = Manifest.model_validate_json(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        written = content.get("checksum")
+        if written is not None and written != _checksum(content):
+            raise ArtifactDamaged(folder, [f"changed: {MANIFEST}"])
+        manifest = Manifest.model_validate(content)
     except FileNotFoundError:
         raise GraceError(
             f"{folder} has no {MANIFEST}: not an artifact, or its stage never finished; "
             "run the stage that makes it"
         ) from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ArtifactDamaged(folder, [f"no readable JSON: {MANIFEST} ({error})"]) from error
     except ValidationError as error:
         raise GraceError(
-            f"{file} is damaged ({error.error_count()} errors); delete the folder and run its "
-            "stage again"
+            f"{file} is not as this version writes it ({error.error_count()} differences); use "
+            "the version that made it, or move the folder away and run its stage again"
         ) from error
     return Artifact(folder, manifest)
 
@@ -282,10 +309,10 @@ def verify_sizes(artifact: Artifact) -> None:
     _raise_damaged(artifact, [*_missing_files(artifact), *problems])
 
 
-def set_aside(artifact: Artifact) -> Path:
+def set_aside(folder: Path) -> Path:
     """Take a damaged artifact's name away, keeping its files to be looked at; returns where."""
-    aside = artifact.path.parent / f".{artifact.path.name}.damaged-{uuid.uuid4().hex[:8]}"
-    os.replace(artifact.path, aside)
+    aside = folder.parent / f".{folder.name}.damaged-{uuid.uuid4().hex[:8]}"
+    os.replace(folder, aside)
     return aside
 
 
@@ -296,9 +323,12 @@ def _missing_files(artifact: Artifact) -> list[str]:
 
 def _raise_damaged(artifact: Artifact, problems: list[str]) -> None:
     if problems:
-        raise ArtifactDamaged(
-            f"{artifact.path} differs from its manifest:\n  " + "\n  ".join(problems)
-        )
+        raise ArtifactDamaged(artifact.path, problems)
+
+
+def _checksum(manifest: Mapping[str, Any]) -> str:
+    """What `checksum` must be, of a manifest as plain values."""
+    return config_digest({name: value for name, value in manifest.items() if name != "checksum"})
 
 
 def digest_folder(folder: Path) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from grace_core.artifacts import Artifact, ArtifactDamaged, ArtifactWriter, Parent
 from grace_core.config import GraceConfig, load_config
-from grace_core.stages.once import once
+from grace_core.stages.once import StageContext, once
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,7 +31,7 @@ class Stage:
             self.made += 1
             (writer.path / "weights").write_bytes(self.name.encode() * 100)
 
-        return once(self.config, self.name, {}, parents, make)
+        return once(self.config, StageContext(), self.name, {}, parents, make)
 
 
 @pytest.fixture
@@ -75,6 +76,18 @@ def test_a_parent_with_a_flipped_bit_is_not_used_and_made_anew(bf16: Stage, w4: 
     assert (bf16.made, again.digest) == (2, parent.digest)
     w4(student=again.as_parent())
     assert w4.made == 1
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:-7], lambda text: text.replace("2", "3", 1)])
+def test_a_damaged_manifest_is_told_and_the_stage_made_anew(
+    bf16: Stage, change: Callable[[str], str]
+) -> None:
+    manifest = bf16().path / "manifest.json"
+    manifest.write_text(change(manifest.read_text()))
+    with pytest.raises(ArtifactDamaged, match=r"manifest\.json(.|\n)*run again"):
+        bf16()
+    assert bf16().path == manifest.parent
+    assert bf16.made == 2
 
 
 @pytest.mark.parametrize("damage", ["shorter", "gone"])

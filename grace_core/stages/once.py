@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,39 +78,42 @@ def once(
     finished ones only.
     """
     folder = stage_folder(config, stage, fingerprint(stage, section, parents))
-    found = find_artifact(folder)
-    if found is None and context.finished_only:
-        command = _COMMANDS[stage.split("-")[0]]
-        raise GraceError(
-            f"stage {stage} is not done for this configuration: there is no {folder}; run `grace "
-            f"{command} CONFIG` with the same settings, or the deployment "
-            f"grace-{command}/{command}, and then this again"
-        )
-    if found is None:
-        with sole_maker(folder):
-            found = find_artifact(folder)
-            if found is None:
-                remove_partials(folder)
-                for parent in parents.values():
-                    if parent.kind not in OUTSIDE:
-                        _check_or_set_aside(read_artifact(Path(parent.path)), verify_artifact)
-                whole = config.model_dump(mode="json")
-                with new_artifact(folder, stage, section, parents, whole) as writer:
-                    make(writer)
+    with _damage_set_aside():
+        found = find_artifact(folder)
+        if found is None and context.finished_only:
+            command = _COMMANDS[stage.split("-")[0]]
+            raise GraceError(
+                f"stage {stage} is not done for this configuration: there is no {folder}; run "
+                f"`grace {command} CONFIG` with the same settings, or the deployment "
+                f"grace-{command}/{command}, and then this again"
+            )
+        if found is None:
+            with sole_maker(folder):
                 found = find_artifact(folder)
-                assert found is not None
-    _check_or_set_aside(found, verify_sizes)
+                if found is None:
+                    remove_partials(folder)
+                    for parent in parents.values():
+                        if parent.kind not in OUTSIDE:
+                            verify_artifact(read_artifact(Path(parent.path)))
+                    whole = config.model_dump(mode="json")
+                    with new_artifact(folder, stage, section, parents, whole) as writer:
+                        make(writer)
+                    found = find_artifact(folder)
+                    assert found is not None
+        verify_sizes(found)
     return found
 
 
-def _check_or_set_aside(artifact: Artifact, check: Callable[[Artifact], None]) -> None:
+@contextmanager
+def _damage_set_aside() -> Iterator[None]:
+    """Whatever is found damaged loses its name, so that the next run makes it anew."""
     try:
-        check(artifact)
+        yield
     except ArtifactDamaged as error:
-        aside = set_aside(artifact)
-        raise ArtifactDamaged(
-            f"{error}\nIt was moved to {aside}; run again, and its stage makes it anew"
-        ) from error
+        if error.aside is not None:  # a stage within this one has seen to it
+            raise
+        aside = set_aside(error.folder)
+        raise ArtifactDamaged(error.folder, error.problems, aside) from error
 
 
 def checkpoint_parent(folder: CheckpointFolder) -> Parent:
