@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -22,14 +24,13 @@ _PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
 
 def check_mlflow() -> Iterator[Finding]:
     """The place that MLFLOW_TRACKING_URI, or this process, has set."""
-    import mlflow
-    from mlflow.tracking import is_tracking_uri_set
-
-    if not is_tracking_uri_set():
+    if not _is_configured():
         yield information(
             AREA, "not configured: MLFLOW_TRACKING_URI is not set; runs go to sqlite:///mlflow.db"
         )
         return
+    import mlflow
+
     address = mlflow.get_tracking_uri()
     scheme = urlsplit(address).scheme.partition("+")[0]
     if scheme in ("", "file"):
@@ -47,6 +48,17 @@ def check_mlflow() -> Iterator[Finding]:
             f"{scheme}: stores of this kind are not examined",
             "make sure that MLFLOW_TRACKING_URI is meant so",
         )
+
+
+def _is_configured() -> bool:
+    """Without the variable only a program that has loaded MLflow may have told it a place."""
+    if os.environ.get("MLFLOW_TRACKING_URI"):
+        return True
+    if "mlflow" not in sys.modules:
+        return False
+    from mlflow.tracking import is_tracking_uri_set
+
+    return bool(is_tracking_uri_set())
 
 
 def _server(address: str) -> Iterator[Finding]:
@@ -71,7 +83,7 @@ def _server(address: str) -> Iterator[Finding]:
             "start the server (`make ui` for a local one), or mend MLFLOW_TRACKING_URI",
         )
         return
-    version, information_ = answers
+    version, server_info = answers
     if version.status_code in (401, 403):
         yield problem(
             AREA,
@@ -83,8 +95,8 @@ def _server(address: str) -> Iterator[Finding]:
     if version.status_code >= 500:
         yield away(AREA, f"{shown} answers {version.status_code}", "look at the server's log")
         return
-    store = information_.json().get("store_type") if information_.status_code == 200 else None
-    if store == "FileStore":
+    told = server_info.status_code == 200 and "json" in server_info.headers.get("Content-Type", "")
+    if told and server_info.json().get("store_type") == "FileStore":
         remedy = f"start it with --backend-store-uri {_DATABASE.split(',')[0]}"
         yield problem(AREA, f"{shown} keeps runs in a file store: {_FILES}", remedy)
     yield from _version(shown, version.text.strip() if version.status_code == 200 else None)

@@ -26,7 +26,9 @@ def shown_address(address: str) -> str:
     Made of the parts that hold no secret; whatever does not look like an address is not repeated.
     """
     parts = urlsplit(address)
+    if not parts.netloc and "@" in address:
+        return "(an address of an unknown form)"
     if not parts.scheme:
-        return address if "@" not in address else "(an address without a scheme)"
+        return address
     host = parts.netloc.rpartition("@")[2]
     return f"{parts.scheme}://{host}{parts.path}"

@@ -46,6 +46,8 @@ class Blob:
 @dataclass
 class Repository:
     private: bool
+    parameters: int | None = None
+    """Weights of its model, as a real server reads them from the safetensors headers."""
     commits: list[tuple[str, dict[str, Blob]]] = field(default_factory=list)
 
     @property
@@ -69,6 +71,8 @@ class Hub:
 
     def __init__(self, token: str) -> None:
         self.token = token
+        self.who: dict[str, Any] = {}
+        """What `whoami-v2` answers: owner, organisations, and the scope of the token."""
         self.endpoint = ""
         self.repositories: dict[str, Repository] = {}
         self.stored: dict[str, bytes] = {}
@@ -158,6 +162,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(b'{"error": "Repository not found"}', 404, headers)
         return found
 
+    def whoami(self, body: bytes) -> None:
+        self._json(self.state.who)
+
     def create(self, body: bytes) -> None:
         asked = json.loads(body)
         name = f"{asked['organization']}/{asked['name']}"
@@ -180,6 +187,11 @@ class _Handler(BaseHTTPRequestHandler):
         repository = self._repository(name)
         if repository is None:
             return
+        if revision is not None and repository.files(revision) is None:
+            self._send(b'{"error": "Revision"}', 404, {"X-Error-Code": "RevisionNotFound"})
+            return
+        count = repository.parameters
+        weights = {"safetensors": {"parameters": {"BF16": count}, "total": count}} if count else {}
         siblings = [{"rfilename": path} for path in repository.files("main") or {}]
         self._json(
             {
@@ -190,6 +202,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "tags": [],
                 "downloads": 0,
                 "likes": 0,
+                **weights,
             }
         )
 
@@ -288,6 +301,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
+    ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
     ("GET", rf"/api/models/{_REPO}", _Handler.info),

@@ -1,0 +1,285 @@
+"""The checks of the machine that trains: GPUs, memory, limits, disk, and a SLURM cluster."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from grace_core.config import GraceConfig
+from grace_core.doctor import disk, gpus, machine
+from grace_core.doctor.checkpoints import Checkpoint
+from grace_core.doctor.disk import check_disk
+from grace_core.doctor.examination import examine
+from grace_core.doctor.findings import Finding, Severity, require_no_problem
+from grace_core.doctor.machine import check_machine
+from grace_core.doctor.memory import needs
+from grace_core.doctor.slurm import check_slurm
+from tests.findings import ROOT, models, one, severities, toy
+
+# As printed by a machine with one GPU; what the second one says is made up.
+GPUS = (
+    "0, GPU-ba0ad354-2384-908b-061e-4661c28587d9, NVIDIA H100 80GB HBM3, 81559, 76365, 9.0\n"
+    "1, GPU-11111111-2384-908b-061e-4661c28587d9, Tesla T4, 15360, 15000, 7.5\n"
+)
+PROGRAMS = "GPU-ba0ad354-2384-908b-061e-4661c28587d9, 439, python3\n"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+# Machine
+
+
+@pytest.fixture
+def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], None]:
+    """Puts a program of the given shell text on the PATH, in front of everything."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def add(name: str, text: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (folder / name).chmod(0o755)
+
+    return add
+
+
+@pytest.fixture
+def two_gpus(tools: Callable[[str, str], None]) -> None:
+    answers = f"case $1 in --query-gpu*) printf '{GPUS}';; *) printf '{PROGRAMS}';; esac"
+    tools("nvidia-smi", answers.replace("\n", "\\n"))
+
+
+def about_machine(*overrides: str, weights: int | None = None) -> list[Finding]:
+    config = toy(*overrides)
+    teacher, student = models(config)
+    if weights is not None:
+        # Only the Hub tells their number.
+        teacher = Checkpoint(teacher.source, None, listed_parameters=4 * weights)
+        student = Checkpoint(student.source, None, listed_parameters=weights)
+    processes = config.launch.processes
+    return list(check_machine(config, teacher, student, processes=processes))
+
+
+def test_gpus_are_those_that_are_visible(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = gpus.visible_gpus()
+    assert first.compute_capability == (9, 0) and first.processes == {439: "python3"}
+    assert second.free == 15000 * 2**20 and not second.processes
+    for chosen, expected in (("1", [1]), ("GPU-ba0ad354", [0]), ("1,0", [0, 1]), ("", [])):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", chosen)
+        assert [gpu.index for gpu in gpus.visible_gpus()] == expected
+
+
+def test_gpus_in_use_or_without_bf16_are_warned_of(two_gpus: None) -> None:
+    found = about_machine("launch.device=cuda")
+    one(found, Severity.WARNING, "GPU 0 is in use, 5.4 GB of its memory: python3 (439)")
+    one(found, Severity.WARNING, "Tesla T4, compute capability 7.5) has no bf16")
+    one(found, Severity.OK, "2 x NVIDIA H100 80GB HBM3")
+
+
+def test_gpus_too_few_or_too_small_are_problems(two_gpus: None) -> None:
+    rows = ("distill.training.rows_per_step=6", "quantize.training.rows_per_step=6")
+    found = about_machine("launch={processes: 3, device: cuda}", *rows)
+    one(found, Severity.PROBLEM, "3 processes, but 2 GPUs")
+    # 2 B weights under ZeRO-2 on two GPUs: 2 + 14 / 2 = 9 bytes each, and 8 B of teacher at 2.
+    found = about_machine("launch={processes: 2, device: cuda}", weights=2_000_000_000)
+    finding = one(found, Severity.PROBLEM, "GPU 1 (Tesla T4) has 15.7 GB free of 16.1 GB")
+    assert "needs at least 34.0 GB on each (18.0 GB of weights" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "bytes_a_weight"), [(0, 16.0), (1, 4 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)]
+)
+def test_the_memory_of_the_state_is_that_of_the_zero_paper(
+    zero_stage: int, bytes_a_weight: float
+) -> None:
+    config = toy(f"distill.training.zero_stage={zero_stage}")
+    source = config.models.student
+    teacher = Checkpoint(source, None, listed_parameters=1000)
+    student = Checkpoint(source, None, listed_parameters=100)
+    found = needs(config, teacher, student, processes=8)
+    assert found is not None
+    assert found[0].state == pytest.approx(100 * bytes_a_weight)
+    assert found[0].teacher == 2000
+
+
+def test_without_a_gpu_cuda_is_a_problem(
+    tools: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools("nvidia-smi", "exit 0")
+    one(about_machine("launch.device=cuda"), Severity.PROBLEM, "no NVIDIA GPU on this machine")
+    one(about_machine("launch.device=cpu"), Severity.OK, "of memory available")
+
+
+def test_a_driver_that_does_not_answer_is_reported(tools: Callable[[str, str], None]) -> None:
+    tools(
+        "nvidia-smi", "echo 'Failed to initialize NVML: Driver/library version mismatch'; exit 18"
+    )
+    one(about_machine("launch.device=cuda"), Severity.UNCHECKED, "version mismatch")
+
+
+def test_a_driver_without_its_tool_is_reported(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "gpus" / "0000:00:06.0").mkdir(parents=True)
+    monkeypatch.setattr(gpus, "DRIVER", tmp_path / "gpus")
+    monkeypatch.setattr(gpus.driver_gpus, "__defaults__", (tmp_path / "gpus",))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    one(about_machine(), Severity.UNCHECKED, "nvidia-smi is not on the PATH")
+
+
+def test_more_memory_than_there_is_is_a_problem() -> None:
+    one(about_machine(weights=10**12), Severity.PROBLEM, "of memory available")
+    assert about_machine(weights=None)[0].severity is Severity.OK
+
+
+def test_data_workers_need_shared_memory_and_open_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    workers = "distill.training.data_workers=4"
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+        one(about_machine(workers), Severity.WARNING, "may open 512 files")
+        assert not [f for f in about_machine() if "open" in f.text]
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+    # 1024 tokens of 16 x 16 pixels, 12 bytes each, 4 rows ahead in 2 x 4 workers: 101 MB.
+    monkeypatch.setattr(machine, "_SHARED_MEMORY", tmp_path / "none")
+    one(about_machine(workers), Severity.UNCHECKED, "No such file")
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    found = [f for f in about_machine(workers) if "/dev/shm" in f.text]
+    assert "100.7 MB" in found[0].text
+
+
+def test_what_is_done_needs_no_gpu(tmp_path: Path, tools: Callable[[str, str], None]) -> None:
+    tools("nvidia-smi", "exit 0")
+    config = toy(f"run_dir={tmp_path}", "launch.device=cuda")
+    one(examine(config), Severity.PROBLEM, "no NVIDIA GPU")
+    one(examine(config, "data"), Severity.INFORMATION, "nothing is left to compute up to `data`")
+    labels = ("bf16", "w8", "w4")
+    rows = [f"evaluate-{label}" for label in ("teacher", "baseline", *labels)]
+    for stage in (*labels, *(f"release-{label}" for label in labels), *rows):
+        (tmp_path / "artifacts" / f"{stage}-0123456789ab").mkdir(parents=True)
+    require_no_problem(examine(config))
+
+
+# SLURM
+
+
+def slurm(tools: Callable[[str, str], None], sinfo: str) -> None:
+    for name in ("sbatch", "squeue", "scontrol", "scancel"):
+        tools(name, "exit 0")
+    tools("sinfo", sinfo)
+
+
+PARTITIONS = "printf 'gpu up 4\\ncpu* up 10\\nold down 2\\n'"
+
+
+def test_the_partition_must_exist_and_be_up(tools: Callable[[str, str], None]) -> None:
+    slurm(tools, PARTITIONS)
+    one(check_slurm("gpu"), Severity.OK, "partition gpu is up, 4 nodes")
+    one(check_slurm(None), Severity.OK, "partition cpu is up, 10 nodes")
+    one(check_slurm("old"), Severity.WARNING, "partition old is down")
+    one(check_slurm("big"), Severity.PROBLEM, "does not exist; there are cpu, gpu, old")
+
+
+def test_a_cluster_that_cannot_be_asked_is_a_problem(
+    tools: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    slurm(tools, "echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1")
+    one(check_slurm("gpu"), Severity.PROBLEM, "Unable to contact slurm controller")
+    monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    one(check_slurm("gpu"), Severity.PROBLEM, "sbatch, squeue, scontrol, scancel is not on the")
+
+
+# Disk
+
+
+def about_disk(config: GraceConfig, nodes: int = 1) -> list[Finding]:
+    return list(check_disk(config, *models(config), nodes=nodes))
+
+
+@pytest.fixture
+def tiny_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """Mounts a file system of the given tmpfs options, where this user may."""
+    mounted = []
+
+    def mount(options: str) -> Path:
+        folder = tmp_path / f"disk{len(mounted)}"
+        folder.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "grace-test", str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            pytest.skip(f"no file system can be mounted here: {done.stderr.strip()}")
+        mounted.append(folder)
+        return folder
+
+    yield mount
+    for folder in mounted:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_the_run_would_fill_is_a_problem(tiny_disk: Callable[[str], Path]) -> None:
+    folder = tiny_disk("size=20m")
+    finding = one(about_disk(toy(f"run_dir={folder}/run")), Severity.PROBLEM, "21.0 MB free")
+    for part in ("checkpoints 47.1 MB", "trained bf16 2.2 MB", "release w4", "data 24.0 MB"):
+        assert part in finding.text
+    assert not list(folder.iterdir()), "the check leaves nothing behind"
+
+
+def test_what_is_written_already_is_not_needed_again(tmp_path: Path) -> None:
+    config = toy(f"run_dir={tmp_path}")
+    assert "0 kB of it is there" in about_disk(config)[0].text
+    trained = tmp_path / "artifacts" / "bf16-0123456789ab" / "model"
+    trained.mkdir(parents=True)
+    (trained / "model.safetensors").write_bytes(bytes(1_000_000))
+    (trained / "more").write_bytes(bytes(9_000_000))  # never more than the part's own size
+    assert "2.2 MB of it is there" in about_disk(config)[0].text
+
+
+def test_the_checkpoints_of_a_run_are_as_large_as_the_formula(tmp_path: Path) -> None:
+    """A checkpoint is 2 bytes of weights and 12 of optimizer; keep_checkpoints + 1 of them."""
+    config = toy("distill.training.keep_checkpoints=3", "distill.training.zero_stage=0")
+    teacher, student = models(config)
+    found = disk.parts(config, teacher, student)
+    assert found is not None and found[0].name == "checkpoints"
+    assert student.parameters is not None
+    # Without ZeRO both processes write the optimizer.
+    assert found[0].size == 4 * student.parameters * (2 + 2 * 12)
+
+
+def test_a_disk_without_room_for_more_files_is_a_problem(
+    tiny_disk: Callable[[str], Path],
+) -> None:
+    folder = tiny_disk("size=1g,nr_inodes=100")
+    one(about_disk(toy(f"run_dir={folder}/run")), Severity.PROBLEM, "more files")
+
+
+def test_a_disk_that_nothing_can_be_written_to_is_a_problem(
+    tiny_disk: Callable[[str], Path],
+) -> None:
+    folder = tiny_disk("size=1g,ro")
+    one(about_disk(toy(f"run_dir={folder}/run")), Severity.PROBLEM, "Read-only file system")
+
+
+def test_several_nodes_need_one_file_system(tiny_disk: Callable[[str], Path]) -> None:
+    folder = tiny_disk("size=1g")
+    config = toy(f"run_dir={folder}/run")
+    finding = one(about_disk(config, nodes=2), Severity.WARNING, "is on a tmpfs file system")
+    assert "share" in finding.remedy
+    assert severities(about_disk(config)) == {Severity.OK}
+
+
+def test_unknown_sizes_are_said_to_be_unknown() -> None:
+    config = toy()
+    nowhere = Checkpoint(config.models.student, None)
+    one(check_disk(config, nowhere, nowhere, nodes=1), Severity.UNCHECKED, "how many weights")
