@@ -26,6 +26,8 @@ GPUS = (
     "0, GPU-ba0ad354-2384-908b-061e-4661c28587d9, NVIDIA H100 80GB HBM3, 81559, 76365, 9.0\n"
     "1, GPU-11111111-2384-908b-061e-4661c28587d9, Tesla T4, 15360, 15000, 7.5\n"
 )
+CLUSTER = "launch={nodes: 2, processes: 4, device: cuda, backend: {kind: slurm, partition: gpu}}"
+ROWS = ("distill.training.rows_per_step=8", "quantize.training.rows_per_step=8")
 PROGRAMS = "GPU-ba0ad354-2384-908b-061e-4661c28587d9, 439, python3\n"
 
 
@@ -64,8 +66,7 @@ def about_machine(*overrides: str, weights: int | None = None) -> list[Finding]:
         # Only the Hub tells their number.
         teacher = Checkpoint(teacher.source, None, listed_parameters=4 * weights)
         student = Checkpoint(student.source, None, listed_parameters=weights)
-    processes = config.launch.processes
-    return list(check_machine(config, teacher, student, processes=processes))
+    return list(check_machine(config, teacher, student))
 
 
 def test_gpus_are_those_that_are_visible(two_gpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,11 +101,11 @@ def test_gpus_too_few_or_too_small_are_problems(two_gpus: None) -> None:
 def test_the_memory_of_the_state_is_that_of_the_zero_paper(
     zero_stage: int, bytes_a_weight: float
 ) -> None:
-    config = toy(f"distill.training.zero_stage={zero_stage}")
+    config = toy(f"distill.training.zero_stage={zero_stage}", CLUSTER, *ROWS)
     source = config.models.student
     teacher = Checkpoint(source, None, listed_parameters=1000)
     student = Checkpoint(source, None, listed_parameters=100)
-    found = needs(config, teacher, student, processes=8)
+    found = needs(config, teacher, student)
     assert found is not None
     assert found[0].state == pytest.approx(100 * bytes_a_weight)
     assert found[0].teacher == 2000
@@ -201,11 +202,22 @@ def test_a_cluster_that_cannot_be_asked_is_a_problem(
     one(check_slurm("gpu"), Severity.PROBLEM, "sbatch, squeue, scontrol, scancel is not on the")
 
 
+def test_on_a_cluster_this_machine_needs_no_gpu(
+    tools: Callable[[str, str], None], tmp_path: Path
+) -> None:
+    slurm(tools, PARTITIONS)
+    tools("nvidia-smi", "exit 0")
+    found = examine(toy(f"run_dir={tmp_path}/run", CLUSTER, *ROWS))
+    require_no_problem(found)
+    one(found, Severity.OK, "partition gpu is up")
+    one(found, Severity.INFORMATION, "8 processes: stage bf16 needs at least")
+
+
 # Disk
 
 
-def about_disk(config: GraceConfig, nodes: int = 1) -> list[Finding]:
-    return list(check_disk(config, *models(config), nodes=nodes))
+def about_disk(config: GraceConfig) -> list[Finding]:
+    return list(check_disk(config, *models(config)))
 
 
 @pytest.fixture
@@ -273,13 +285,14 @@ def test_a_disk_that_nothing_can_be_written_to_is_a_problem(
 
 def test_several_nodes_need_one_file_system(tiny_disk: Callable[[str], Path]) -> None:
     folder = tiny_disk("size=1g")
-    config = toy(f"run_dir={folder}/run")
-    finding = one(about_disk(config, nodes=2), Severity.WARNING, "is on a tmpfs file system")
+    place = f"run_dir={folder}/run"
+    config = toy(place, CLUSTER, *ROWS)
+    finding = one(about_disk(config), Severity.WARNING, "is on a tmpfs file system")
     assert "share" in finding.remedy
-    assert severities(about_disk(config)) == {Severity.OK}
+    assert severities(about_disk(toy(place))) == {Severity.OK}
 
 
 def test_unknown_sizes_are_said_to_be_unknown() -> None:
     config = toy()
     nowhere = Checkpoint(config.models.student, None)
-    one(check_disk(config, nowhere, nowhere, nodes=1), Severity.UNCHECKED, "how many weights")
+    one(check_disk(config, nowhere, nowhere), Severity.UNCHECKED, "how many weights")

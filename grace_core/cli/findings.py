@@ -62,7 +62,8 @@ def _not_here(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> 
             )
     yield from unpinned(teacher, student)
     yield from missing_data(config)
-    yield from processors(config, driver_gpus(_GPUS))
+    if config.launch.backend.kind == "local":
+        yield from processors(config, driver_gpus(_GPUS))
     yield from unfitting_pictures(config, student)
     yield from missing_token(config)
 

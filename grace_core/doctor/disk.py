@@ -60,7 +60,7 @@ def parts(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> list
         scales = quantized / config.quantize.group_size
         training = section.training
         # Without ZeRO every process writes the whole optimizer.
-        copies = _processes(config) if training.zero_stage == 0 else 1
+        copies = config.launch.world_size if training.zero_stage == 0 else 1
         one = model.parameters * (WEIGHT_BYTES + copies * OPTIMIZER_BYTES) + scales * 12
         checkpoints = max(checkpoints, (training.keep_checkpoints + 1) * one)
         size = model.parameters * WEIGHT_BYTES + scales * _THETA_BYTES
@@ -76,10 +76,6 @@ def parts(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> list
     found.append(_data(config))
     found.append(Part("logs and scores", _OTHER_BYTES, "work/*/logs", _OTHER_FILES))
     return found
-
-
-def _processes(config: GraceConfig) -> int:
-    return config.launch.processes
 
 
 def _releases(config: GraceConfig, student: Checkpoint) -> list[Part]:
@@ -102,17 +98,14 @@ def _data(config: GraceConfig) -> Part:
     return Part("data", estimated_size(source), "artifacts/data-*", _BENCHMARK_FILES)
 
 
-def check_disk(
-    config: GraceConfig, teacher: Checkpoint, student: Checkpoint, *, nodes: int
-) -> Iterator[Finding]:
+def check_disk(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> Iterator[Finding]:
     """Free room of run_dir's file system against the sum of the parts; who may write there.
 
     What an earlier attempt left of a part counts as written, up to the part's size.
-    nodes: machines of a training; above 1 all of them must see run_dir.
     """
     place = _existing(config.run_dir)
     yield from _writable(config, place)
-    if nodes > 1:
+    if config.launch.backend.kind != "local":
         yield from _shared(config, place)
     found = parts(config, teacher, student)
     if found is None:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from grace_core.config.model import GraceConfig
+from grace_core.config.model import GraceConfig, SlurmLaunch
 from grace_core.doctor.checkpoints import Checkpoint, read_checkpoint
 from grace_core.doctor.dataset import check_data
 from grace_core.doctor.disk import check_disk
 from grace_core.doctor.findings import Finding, information
 from grace_core.doctor.hub import check_publishing, look_up
 from grace_core.doctor.machine import AREA as MACHINE
-from grace_core.doctor.machine import check_machine
+from grace_core.doctor.machine import check_machine, least_memory
 from grace_core.doctor.models import check_models, downloads
+from grace_core.doctor.slurm import check_slurm
 from grace_core.doctor.versions import check_versions
 from grace_core.plan import Goal, planned_stages
 
@@ -53,9 +54,12 @@ def _compute(
     left = [stage for stage in planned_stages(config, goal) if not _is_there(config, stage)]
     if not [stage for stage in left if stage not in _COMPUTES_NOTHING]:
         yield information(MACHINE, f"nothing is left to compute up to `{goal}`; not examined")
+    elif isinstance(config.launch.backend, SlurmLaunch):
+        yield from check_slurm(config.launch.backend.partition)
+        yield from least_memory(config, teacher, student)
     else:
-        yield from check_machine(config, teacher, student, processes=config.launch.processes)
-    yield from check_disk(config, teacher, student, nodes=1)
+        yield from check_machine(config, teacher, student)
+    yield from check_disk(config, teacher, student)
 
 
 def _is_there(config: GraceConfig, stage: str) -> bool:

@@ -11,9 +11,9 @@ import psutil
 
 from grace_core.config.model import GraceConfig
 from grace_core.doctor.checkpoints import Checkpoint
-from grace_core.doctor.findings import Finding, ok, problem, unchecked, warning
+from grace_core.doctor.findings import Finding, information, ok, problem, unchecked, warning
 from grace_core.doctor.gpus import Gpu, NotReported, visible_gpus
-from grace_core.doctor.memory import in_units, needs, training_stages
+from grace_core.doctor.memory import Need, in_units, needs, training_stages
 
 AREA = "machine"
 
@@ -25,12 +25,9 @@ _OPEN_FILES = 4096
 
 
 def check_machine(
-    config: GraceConfig, teacher: Checkpoint, student: Checkpoint, *, processes: int
+    config: GraceConfig, teacher: Checkpoint, student: Checkpoint
 ) -> Iterator[Finding]:
-    """Whether this machine can train what the configuration asks of it.
-
-    processes: of the whole training, over all machines; ZeRO divides by it.
-    """
+    """Whether this machine can train what the configuration asks of it."""
     try:
         gpus: list[Gpu] | None = visible_gpus()
     except NotReported as error:
@@ -39,9 +36,9 @@ def check_machine(
     count = None if gpus is None else len(gpus)
     yield from processors(config, count)
     if gpus and config.launch.device != "cpu":
-        yield from _gpus(config, gpus, teacher, student, processes)
+        yield from _gpus(config, gpus, teacher, student)
     elif gpus is not None:
-        yield from _memory(config, teacher, student, processes)
+        yield from _memory(config, teacher, student)
     yield from _limits(config, student)
 
 
@@ -76,7 +73,6 @@ def _gpus(
     gpus: Sequence[Gpu],
     teacher: Checkpoint,
     student: Checkpoint,
-    processes: int,
 ) -> Iterator[Finding]:
     used = gpus[: config.launch.processes]
     old = [gpu for gpu in used if gpu.compute_capability < _BF16]
@@ -97,16 +93,12 @@ def _gpus(
                 f"{others}",
                 "end these programs, or choose other GPUs with CUDA_VISIBLE_DEVICES",
             )
-    found = needs(config, teacher, student, processes)
+    found = needs(config, teacher, student)
     if found is None:
         yield _size_unknown("memory of the GPUs")
         return
     need = max(found, key=lambda one: one.total)
-    said = (
-        f"stage {need.stage} needs at least {in_units(need.total)} on each "
-        f"({in_units(need.state)} of weights, gradients and Adam's state, "
-        f"{in_units(need.teacher)} of teacher; activations come on top)"
-    )
+    said = _in_words(need)
     short = [gpu for gpu in used if gpu.free < need.total]
     for gpu in short:
         yield problem(
@@ -120,11 +112,29 @@ def _gpus(
         yield ok(AREA, f"{len(used)} x {used[0].name}, {in_units(least)} free; {said}")
 
 
-def _memory(
-    config: GraceConfig, teacher: Checkpoint, student: Checkpoint, processes: int
+def _in_words(need: Need) -> str:
+    return (
+        f"stage {need.stage} needs at least {in_units(need.total)} on each "
+        f"({in_units(need.state)} of weights, gradients and Adam's state, "
+        f"{in_units(need.teacher)} of teacher; activations come on top)"
+    )
+
+
+def least_memory(
+    config: GraceConfig, teacher: Checkpoint, student: Checkpoint
 ) -> Iterator[Finding]:
+    """What each GPU of machines elsewhere must have."""
+    found = needs(config, teacher, student)
+    if found is None:
+        yield _size_unknown("memory of the GPUs")
+    else:
+        need = max(found, key=lambda one: one.total)
+        yield information(AREA, f"{config.launch.world_size} processes: {_in_words(need)}")
+
+
+def _memory(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> Iterator[Finding]:
     """A training on CPUs: all its processes on this machine share one memory."""
-    found = needs(config, teacher, student, processes)
+    found = needs(config, teacher, student)
     if found is None:
         yield _size_unknown("memory")
         return

@@ -45,17 +45,15 @@ def trained_checkpoint(stage: str, teacher: Checkpoint, student: Checkpoint) -> 
     return teacher if stage == "teacher" else student
 
 
-def needs(
-    config: GraceConfig, teacher: Checkpoint, student: Checkpoint, processes: int
-) -> list[Need] | None:
-    """One need a training stage, over all `processes`; None where a model's size is not known."""
+def needs(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> list[Need] | None:
+    """One need a training stage; None where a model's size is not known."""
     found = []
     for stage, section in training_stages(config).items():
         weights = trained_checkpoint(stage, teacher, student).parameters
         taught = teacher.parameters if section.objective.needs_teacher else 0
         if weights is None or taught is None:
             return None
-        state = weights * _bytes_a_weight(section.training.zero_stage, processes)
+        state = weights * _bytes_a_weight(section.training.zero_stage, config.launch.world_size)
         found.append(Need(stage, state, taught * WEIGHT_BYTES))
     return found
 
