@@ -40,13 +40,20 @@ class PrefectApi:
     def __init__(self, address: str) -> None:
         self._address = address
 
-    def ensure_work_pool(self, name: str) -> None:
-        """Create a process work pool unless it exists."""
+    def ensure_work_pool(self, name: str, template: dict[str, Any]) -> None:
+        """Create a process work pool with this base job template unless the pool exists."""
+        body = {"name": name, "type": "process", "base_job_template": template}
         try:
-            self._call("POST", "/work_pools/", {"name": name, "type": "process"})
+            self._call("POST", "/work_pools/", body)
         except urllib.error.HTTPError as error:
             if error.code != 409:  # exists
                 raise
+
+    def start(self, deployment: str, parameters: dict[str, Any]) -> str:
+        """Start a run of the deployment `flow/name`; returns the flow run's id."""
+        found = self._call("GET", f"/deployments/name/{deployment}")
+        body = {"state": {"type": "SCHEDULED"}, "parameters": parameters}
+        return str(self._call("POST", f"/deployments/{found['id']}/create_flow_run", body)["id"])
 
     def flow_run(self, run_id: str) -> RunState:
         return _run_state(self._call("GET", f"/flow_runs/{run_id}"))

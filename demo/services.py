@@ -1,4 +1,4 @@
-"""The servers of a local run: Prefect's and MLflow's on SQLite, and one process worker.
+"""The servers of a local run: Prefect's and MLflow's on SQLite, and process workers.
 
 They bind 127.0.0.1 only, keep everything in one folder, and end with the program that started
 them, whatever ends it.
@@ -7,6 +7,7 @@ them, whatever ends it.
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from grace_core.errors import GraceError
 from grace_core.launch.process_group import end_process_group, start_process_group
 
 HOST = "127.0.0.1"
-WORK_POOL = "grace-local"
+POOLS = ("grace-gpu", "grace-cpu")
 _START_SECONDS = 300.0  # a first start on a busy machine creates two databases
 _SHOWN_LINES = 15
 
@@ -79,15 +80,21 @@ def servers(folder: Path, root: Path) -> Iterator[Services]:
 
 
 @contextmanager
-def worker(services: Services) -> Iterator[None]:
-    """A process worker of the pool `grace-local`, with the deployments of prefect.yaml."""
-    services.api.ensure_work_pool(WORK_POOL)
-    with _service(
-        services,
-        "worker",
-        *("-m", "prefect", "worker", "start", "--pool", WORK_POOL, "--type", "process"),
-    ):
-        run_prefect(services, "--no-prompt", "deploy", "--all")
+def workers(services: Services, pools: Sequence[str] = POOLS) -> Iterator[None]:
+    """What `grace setup` makes on the server, and a process worker for each of these pools."""
+    with ExitStack() as stack:
+        for pool in POOLS:  # before anything takes runs from them
+            file = services.root / "configs" / "work-pools" / f"{pool}.json"
+            services.api.ensure_work_pool(pool, json.loads(file.read_text(encoding="utf-8")))
+        for pool in pools:
+            stack.enter_context(
+                _service(
+                    services,
+                    f"worker-{pool}",
+                    *("-m", "prefect", "worker", "start", "--pool", pool, "--type", "process"),
+                )
+            )
+        _run(services, "setup", "-m", "operations", "setup")
         yield
 
 
@@ -97,12 +104,17 @@ def run_prefect(services: Services, *arguments: str) -> str:
     Raises GraceError with its output when it fails.
     """
     name = next(word for word in arguments if not word.startswith("-"))
-    with _service(services, name, "-m", "prefect", *arguments) as process:
+    return _run(services, name, "-m", "prefect", *arguments)
+
+
+def _run(services: Services, name: str, *arguments: str) -> str:
+    """Run one of Python's programs to its end, and return what it printed."""
+    with _service(services, name, *arguments) as process:
         exit_code = process.wait()
     printed = (services.logs / f"{name}.log").read_text(encoding="utf-8", errors="replace")
     if exit_code:
         raise GraceError(
-            f"`prefect {' '.join(arguments)}` failed with exit code {exit_code}:\n"
+            f"`python {' '.join(arguments)}` failed with exit code {exit_code}:\n"
             + "\n".join(printed.splitlines()[-_SHOWN_LINES:])
         )
     return printed
@@ -152,7 +164,7 @@ def environment(folder: Path, prefect: str, mlflow: str) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": mlflow,
         "PREFECT_API_URL": f"{prefect}/api",
         "PREFECT_HOME": str((folder / "prefect").absolute()),
-        "PREFECT_LOGGING_EXTRA_LOGGERS": "grace_core,tasks",
+        "PREFECT_LOGGING_EXTRA_LOGGERS": "grace_core,tasks,operations",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
         "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",

@@ -9,9 +9,11 @@ from __future__ import annotations
 from prefect import flow
 
 from grace_core.config import GraceConfig, load_config
+from tasks.approval import approval_needed, request_publication, require_publisher
 from tasks.distill_student import distill_student
 from tasks.fit_teacher import fit_teacher
 from tasks.generate_world import generate_world
+from tasks.new_inputs import look_at_inputs, nothing_new, remember_inputs
 from tasks.prepare_data import prepare_data
 from tasks.publish_models import publish_models, show_results
 from tasks.quantize_student import quantize_student
@@ -24,7 +26,10 @@ Models = dict[str, StageRef]
 
 @flow(name="grace", persist_result=True, result_serializer="json")
 def grace(
-    config: str = "configs/toy.yaml", overrides: list[str] | None = None, publish: bool = True
+    config: str = "configs/toy.yaml",
+    overrides: list[str] | None = None,
+    publish: bool = True,
+    only_if_new: bool = False,
 ) -> StageRef:
     """Distil and quantize a vision-language model, and show what it cost and what it kept.
 
@@ -32,11 +37,24 @@ def grace(
         config: Configuration file, relative to the project root or absolute.
         overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
         publish: Send the releases to their destination; scores come anyway.
+        only_if_new: Work only if data or teacher changed since the last such run that completed.
     """
-    switches = [] if publish else ["publish.enabled=false"]
-    settings = load_config(config, [*(overrides or []), *switches])
+    given, unpublished = overrides or [], "publish.enabled=false"
+    settings = load_config(config, given if publish else [*given, unpublished])
+    inputs = look_at_inputs(settings) if only_if_new else None
+    if inputs is not None and not inputs.is_new:
+        return nothing_new(inputs)
+    asks = approval_needed(settings)
+    if asks:
+        require_publisher()
+        settings = load_config(config, [*given, unpublished])
     with tracked_flow(settings) as run:
-        return published(settings, run)
+        result = published(settings, run)
+        if asks:
+            request_publication(run, config, given)
+    if inputs is not None:
+        remember_inputs(settings, inputs)
+    return result
 
 
 def training_data(settings: GraceConfig, run: str) -> StageRef:

@@ -12,7 +12,9 @@ from prefect.artifacts import create_table_artifact
 from prefect.cache_policies import NO_CACHE
 
 from grace_core import stages
+from grace_core.artifacts import Artifact
 from grace_core.config import GraceConfig
+from grace_core.publish.approval import Approval
 from tasks.tracked import StageRef, run_stage, stage_task
 
 
@@ -22,8 +24,14 @@ def publish_models(
     run: str,
     releases: dict[str, StageRef],
     evaluations: dict[str, StageRef],
+    approval: Approval | None = None,
 ) -> StageRef:
     """Publish; both mappings are by label: bf16, w8, w4, and for evaluations teacher, baseline."""
+
+    def record(run_id: str, publication: Artifact) -> None:
+        for name, value in publication.manifest.facts.get("approval", {}).items():
+            MlflowClient().set_tag(run_id, f"grace.approval.{name}", value)
+
     return run_stage(
         config,
         run,
@@ -33,7 +41,9 @@ def publish_models(
             {label: ref.artifact() for label, ref in releases.items()},
             {label: ref.artifact() for label, ref in evaluations.items()},
             context,
+            approval,
         ),
+        record,
     )
 
 

@@ -15,7 +15,9 @@ import pytest
 from grace_core import stages
 from grace_core.artifacts import Artifact, Parent, find_artifact, fingerprint, new_artifact
 from grace_core.config import GraceConfig
+from grace_core.errors import GraceError
 from grace_core.events import Event, EventWriter
+from grace_core.publish.approval import Approval
 from grace_core.stages import StageContext
 
 STEPS = 3
@@ -31,7 +33,7 @@ class StandIns:
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name in (
             *("generate_world", "prepare_data", "fit_teacher", "distill", "quantize"),
-            *("release", "evaluate", "publish"),
+            *("release", "evaluate", "publish", "find_publication"),
         ):
             monkeypatch.setattr(stages, name, getattr(self, name))
 
@@ -88,6 +90,7 @@ class StandIns:
         sources = {"teacher": config.models.teacher, "baseline": config.models.student}
         parent = model.as_parent() if model else checkpoint(sources[label].path)
         benchmarks = self._once(config, context, "benchmarks", {}, {})
+        summary = {"label": label, "benchmarks": {"toy-choice": {"accuracy": 75.0}}}
         return self._once(
             config,
             context,
@@ -95,6 +98,7 @@ class StandIns:
             config.evaluation.model_dump(mode="json"),
             {"model": parent, "benchmarks": benchmarks.as_parent()},
             metrics={"toy-choice": 75.0},
+            files={"results.json": json.dumps(summary)},
         )
 
     def publish(
@@ -103,14 +107,23 @@ class StandIns:
         releases: Mapping[str, Artifact],
         evaluations: Mapping[str, Artifact],
         context: StageContext,
+        approval: Approval | None = None,
     ) -> Artifact:
-        parents = {f"release-{label}": item.as_parent() for label, item in releases.items()}
-        parents |= {f"evaluate-{label}": item.as_parent() for label, item in evaluations.items()}
+        section, parents = publishing_inputs(config, releases, evaluations)
         rows = {label: {**e.manifest.metrics, "average": 75.0} for label, e in evaluations.items()}
         results = {"rows": rows, "releases": {}, "seconds": {}}
         files = {"results.json": json.dumps(results), "table.md": "| Model |\n|---|\n"}
-        section = config.publish.model_dump(mode="json")
-        return self._once(config, context, "publish", section, parents, files=files)
+        facts = {} if approval is None else {"approval": approval.model_dump()}
+        return self._once(config, context, "publish", section, parents, files=files, facts=facts)
+
+    def find_publication(
+        self,
+        config: GraceConfig,
+        releases: Mapping[str, Artifact],
+        evaluations: Mapping[str, Artifact],
+    ) -> Artifact | None:
+        key = fingerprint("publish", *publishing_inputs(config, releases, evaluations))
+        return find_artifact(config.run_dir / "artifacts" / f"publish-{key[:12]}")
 
     def _once(
         self,
@@ -123,12 +136,15 @@ class StandIns:
         steps: int = 0,
         metrics: Mapping[str, float] | None = None,
         files: Mapping[str, str] | None = None,
+        facts: Mapping[str, Any] | None = None,
     ) -> Artifact:
         key = fingerprint(stage, section, parents)
         folder = config.run_dir / "artifacts" / f"{stage}-{key[:12]}"
         found = find_artifact(folder)
         if found is not None:
             return found
+        if context.finished_only:
+            raise GraceError(f"stage {stage} is not done")
         self.made.append(stage)
         events = EventWriter(config.run_dir / "work" / folder.name / "metrics.jsonl")
         with new_artifact(folder, stage, section, parents) as writer, events:
@@ -141,9 +157,18 @@ class StandIns:
             for name, text in ({"content": key} | dict(files or {})).items():
                 (writer.path / name).write_text(text, encoding="utf-8")
             writer.metrics.update(metrics or {})
+            writer.facts.update(facts or {})
         made = find_artifact(folder)
         assert made is not None
         return made
+
+
+def publishing_inputs(
+    config: GraceConfig, releases: Mapping[str, Artifact], evaluations: Mapping[str, Artifact]
+) -> tuple[dict[str, Any], dict[str, Parent]]:
+    parents = {f"release-{label}": item.as_parent() for label, item in releases.items()}
+    parents |= {f"evaluate-{label}": item.as_parent() for label, item in evaluations.items()}
+    return config.publish.model_dump(mode="json", exclude={"approval"}), parents
 
 
 def checkpoint(path: str) -> Parent:

@@ -12,7 +12,7 @@ from pathlib import Path
 import mlflow
 import pytest
 
-from demo.services import Services, servers, worker
+from demo.services import Services, servers, workers
 from flows.pipeline import grace
 from tasks.tracked import StageRef
 from tests.prefect_client import prefect_at
@@ -31,7 +31,7 @@ pytestmark = [
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     """Both servers, the deployments, and a finished run of the whole flow with stand-in stages."""
     folder = tmp_path_factory.mktemp("pages")
-    with servers(folder / "services", ROOT) as local, worker(local):
+    with servers(folder / "services", ROOT) as local, workers(local, ()):
         yield local
 
 

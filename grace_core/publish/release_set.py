@@ -80,6 +80,15 @@ def repository_name(config: GraceConfig, label: str) -> str:
     return f"{destination.namespace}/{name}" if isinstance(destination, HubDestination) else name
 
 
+def destination_of(config: GraceConfig, label: str) -> str:
+    """Where a release is to go, for people."""
+    name, destination = repository_name(config, label), config.publish.destination
+    if isinstance(destination, HubDestination):
+        kind = "private" if destination.private else "public"
+        return f"{destination.endpoint}/{name} ({kind})"
+    return str((config.run_dir / destination.path / name).absolute())
+
+
 def _send(
     config: GraceConfig, repository: str, folder: Path, card: str, manifest: str
 ) -> Published:

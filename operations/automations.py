@@ -1,0 +1,127 @@
+"""Automations of the Prefect server: runs that died unseen are ended, people are told of failures.
+
+Prefect marks a run Crashed itself where the worker lives to see its process end. Where the machine
+or the worker died too, only missing heartbeats tell; the open-source server acts on them only if an
+automation says so.
+"""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from uuid import UUID
+
+from prefect.automations import AutomationCore, EventTrigger, Posture
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState, SendNotification
+
+from operations.flow_run_states import NOTHING_NEW, REJECTED, STAGE_LABEL
+
+ZOMBIES = "grace: end runs without heartbeats"
+STUCK = "grace: end runs that never start"
+NOTIFY = "grace: tell of runs that ended"
+
+HEARTBEAT_SECONDS = 30  # the least that Prefect allows; set in configs/work-pools
+# Four heartbeats: a run whose server was away for a minute is not taken for dead.
+ZOMBIE_AFTER = timedelta(seconds=4 * HEARTBEAT_SECONDS)
+# A flow's process imports its libraries first, from a network disk perhaps.
+STUCK_AFTER = timedelta(minutes=5)
+
+_FAILURES = ("Failed", "Crashed", "TimedOut")
+_ENDS = (*_FAILURES, "Completed", "Cancelled", NOTHING_NEW, REJECTED)
+_OUR_FLOWS = {"prefect.resource.role": "flow", "prefect.resource.name": ["grace", "grace-*"]}
+_RUNS = {"prefect.resource.id": "prefect.flow-run.*"}
+
+
+def zombie_automation() -> AutomationCore:
+    """Runs that stopped sending heartbeats become Crashed.
+
+    A run that has ended is left alone: the server refuses to crash it. One that was taken for dead
+    while it worked, as after a long outage of the server, still ends as it ends.
+    """
+    seconds = round(ZOMBIE_AFTER.total_seconds())
+    return AutomationCore(
+        name=ZOMBIES,
+        description="Made by `grace setup`. A machine that dies says nothing; its runs' heartbeats "
+        "stop.",
+        trigger=EventTrigger(
+            match=_RUNS,
+            match_related=_OUR_FLOWS,
+            for_each={"prefect.resource.id"},
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *_events(_ENDS)},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=ZOMBIE_AFTER,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message=f"No heartbeat for {seconds} s: the process, its worker or its machine "
+                "died. Run it again: finished stages are kept, a training continues from its last "
+                "checkpoint.",
+            )
+        ],
+    )
+
+
+def stuck_automation() -> AutomationCore:
+    """Runs that a worker took and never started become Crashed, and free their queue."""
+    minutes = round(STUCK_AFTER.total_seconds() / 60)
+    return AutomationCore(
+        name=STUCK,
+        description="Made by `grace setup`. A worker that dies between taking a run and starting "
+        "it leaves a pending run, which counts against the queue's limit.",
+        trigger=EventTrigger(
+            match=_RUNS,
+            match_related=_OUR_FLOWS,
+            for_each={"prefect.resource.id"},
+            after={"prefect.flow-run.Pending"},
+            expect=_events(("Running", "Cancelling", "Scheduled", *_ENDS)),
+            posture=Posture.Proactive,
+            threshold=1,
+            within=STUCK_AFTER,
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message=f"Taken by a worker and not started within {minutes} minutes: the worker "
+                "died. Run it again.",
+            )
+        ],
+    )
+
+
+def notification_automation(block_document_id: UUID, *, completed: bool) -> AutomationCore:
+    """A message through a notification block when a run fails, crashes or times out.
+
+    completed: also when a run completes, or a person refuses a publication.
+    """
+    ends = (*_FAILURES, "Completed", REJECTED) if completed else _FAILURES
+    stage = f"flow_run.labels.get('{STAGE_LABEL}', 'none yet')"
+    return AutomationCore(
+        name=NOTIFY,
+        description="Made by `grace setup --notify`.",
+        trigger=EventTrigger(
+            match=_RUNS,
+            match_related=_OUR_FLOWS,
+            for_each={"prefect.resource.id"},
+            expect=_events(ends),
+            posture=Posture.Reactive,
+            threshold=1,
+        ),
+        actions=[
+            SendNotification(
+                block_document_id=block_document_id,
+                subject="{{ flow.name }}: {{ flow_run.state.name }}",
+                body="Flow run {{ flow_run.name }} of {{ flow.name }} ended as "
+                "{{ flow_run.state.name }}.\n"
+                f"Last stage: {{{{ {stage} }}}}\n"
+                "{{ flow_run.state.message or '' }}\n"
+                "{{ flow_run|ui_url }}",
+            )
+        ],
+    )
+
+
+def _events(states: tuple[str, ...]) -> set[str]:
+    return {f"prefect.flow-run.{state}" for state in states}
