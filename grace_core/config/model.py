@@ -41,6 +41,8 @@ PositiveInt = Annotated[Int, Field(gt=0)]
 Share = Annotated[Float, Field(ge=0.0, lt=1.0)]
 Rate = Annotated[Float, Field(gt=0.0, le=1.0)]
 RepositoryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
+SlurmValue = Annotated[str, Field(pattern=r"^\S+$")]
+SlurmOption = Annotated[str, Field(pattern=r"^-[^\r\n]+$")]
 Precision = Literal["w8", "w4"]
 BenchmarkName = Literal["toy-choice", "toy-yesno"]
 
@@ -226,10 +228,52 @@ class Quantization(TrainingStage):
     group_size: PositiveInt = Field(128, description="consecutive weights that share one scale")
 
 
+class LocalLaunch(Section):
+    """On this machine, below the process that runs the stage."""
+
+    kind: Literal["local"] = "local"
+
+
+class SlurmLaunch(Section):
+    """As a batch job of SLURM, submitted and watched from a machine that needs no GPU."""
+
+    kind: Literal["slurm"] = "slurm"
+    partition: SlurmValue | None = Field(None, description="null: the cluster's default")
+    account: SlurmValue | None = None
+    qos: SlurmValue | None = None
+    constraint: SlurmValue | None = Field(None, description="features that the nodes must have")
+    gpus_per_node: Int | None = Field(
+        None, ge=0, description="GPUs; null: launch.processes, or none where launch.device is cpu"
+    )
+    memory_gb: PositiveInt | None = Field(
+        None, description="GiB of memory on each node; null: the partition's default"
+    )
+    time_limit_minutes: PositiveInt | None = Field(
+        None, description="minutes of one start of the job; null: the partition's limit"
+    )
+    warning_seconds: Int = Field(
+        180,
+        ge=1,
+        le=65535,
+        description="seconds before the time limit at which the training saves and is requeued",
+    )
+    max_restarts: Int = Field(
+        50, ge=0, description="how often a job may have been requeued to be requeued once more"
+    )
+    poll_seconds: Float = Field(
+        15.0, ge=1, le=600, description="seconds between questions to slurmctld"
+    )
+    setup: tuple[str, ...] = Field((), description="shell lines run first on each node")
+    options: tuple[SlurmOption, ...] = Field(
+        (), description="more options of sbatch, such as --reservation=course"
+    )
+
+
 class Launch(Section):
     """How a training stage's processes are started."""
 
-    processes: PositiveInt = Field(1, description="processes (one a GPU) on this machine")
+    nodes: PositiveInt = Field(1, description="machines that train together")
+    processes: PositiveInt = Field(1, description="processes (one a GPU) on each node")
     threads_per_process: PositiveInt = Field(1, description="CPU threads of each process")
     device: Literal["auto", "cpu", "cuda"] = "auto"
     timeout_hours: Float | None = Field(
@@ -241,6 +285,19 @@ class Launch(Section):
         lt=30,
         description="seconds from SIGTERM to SIGKILL, below the 30 after which Prefect kills",
     )
+    backend: Annotated[LocalLaunch | SlurmLaunch, Field(discriminator="kind")] = LocalLaunch()
+
+    @property
+    def world_size(self) -> int:
+        """Processes of a training, over all nodes."""
+        return self.nodes * self.processes
+
+    @property
+    def seconds_to_save(self) -> float:
+        """Seconds that a training told to stop has for writing a checkpoint."""
+        if isinstance(self.backend, SlurmLaunch):
+            return float(self.backend.warning_seconds)
+        return self.grace_seconds
 
 
 class Evaluation(Section):

@@ -8,11 +8,34 @@ another.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from grace_core.config.model import GraceConfig, TrainingStage
+
+
+_OWN = "the launcher sets it itself, leave it out"
+_LAUNCHER_OPTIONS = {
+    option: remedy
+    for options, remedy in (
+        ("--nodes -N", "set launch.nodes"),
+        ("--cpus-per-task -c", "set launch.threads_per_process"),
+        ("--time -t", "set launch.backend.time_limit_minutes"),
+        ("--partition -p", "set launch.backend.partition"),
+        ("--account -A", "set launch.backend.account"),
+        ("--qos -q", "set launch.backend.qos"),
+        ("--constraint -C", "set launch.backend.constraint"),
+        ("--gpus-per-node", "set launch.backend.gpus_per_node"),
+        ("--mem", "set launch.backend.memory_gb"),
+        ("--signal", "set launch.backend.warning_seconds"),
+        ("--job-name -J --output -o --error -e --open-mode --requeue --no-requeue", _OWN),
+        ("--chdir -D --array -a --wrap --export --ntasks -n --ntasks-per-node", _OWN),
+    )
+    for option in options.split()
+}
+"""Options of sbatch that follow from other keys, and where to set those."""
 
 
 class Unknown(Exception):
@@ -87,6 +110,35 @@ def _teacher_has_no_teacher(config: GraceConfig) -> Iterator[str]:
         )
 
 
+def _one_machine_without_a_scheduler(config: GraceConfig) -> Iterator[str]:
+    if config.launch.backend.kind == "local" and config.launch.nodes > 1:
+        yield (
+            f"launch.nodes ({config.launch.nodes}): the local back-end starts processes on this "
+            "machine alone; set launch.backend.kind: slurm, or nodes: 1"
+        )
+
+
+def _time_to_be_warned(config: GraceConfig) -> Iterator[str]:
+    backend = config.launch.backend
+    if backend.kind == "slurm" and backend.time_limit_minutes is not None:
+        if backend.warning_seconds >= 60 * backend.time_limit_minutes:
+            yield (
+                f"launch.backend.warning_seconds ({backend.warning_seconds}) is not below "
+                f"time_limit_minutes ({backend.time_limit_minutes}), so that every start would be "
+                "stopped at once; lower the one or raise the other"
+            )
+
+
+def _options_of_the_launcher(config: GraceConfig) -> Iterator[str]:
+    backend = config.launch.backend
+    if backend.kind != "slurm":
+        return
+    for option in backend.options:
+        name = re.split(r"[=\s]", option, maxsplit=1)[0]
+        if name in _LAUNCHER_OPTIONS:
+            yield f"launch.backend.options: {name} is not free; {_LAUNCHER_OPTIONS[name]}"
+
+
 def _one_length(stage: TrainingStage, config: GraceConfig) -> Iterator[str]:
     steps, epochs = stage.training.steps, stage.training.epochs
     if steps is None and epochs is None:
@@ -99,13 +151,20 @@ def _one_length(stage: TrainingStage, config: GraceConfig) -> Iterator[str]:
 
 
 def _rows_for_every_process(stage: TrainingStage, config: GraceConfig) -> Iterator[str]:
-    rows, processes = stage.training.rows_per_step, config.launch.processes
-    if rows % processes:
-        above = -(-rows // processes) * processes
-        yield (
-            f"training.rows_per_step ({rows}) is not a multiple of launch.processes ({processes}); "
-            f"use {above}"
+    rows, nodes, processes = (
+        stage.training.rows_per_step,
+        config.launch.nodes,
+        config.launch.processes,
+    )
+    everyone = nodes * processes
+    if rows % everyone:
+        above = -(-rows // everyone) * everyone
+        of = (
+            f"launch.processes ({processes})"
+            if nodes == 1
+            else f"launch.nodes * launch.processes ({nodes} * {processes})"
         )
+        yield f"training.rows_per_step ({rows}) is not a multiple of {of}; use {above}"
 
 
 def _samples_fit_their_row(stage: TrainingStage, config: GraceConfig) -> Iterator[str]:
@@ -181,6 +240,9 @@ _RULES: tuple[Rule, ...] = (
     _benchmarks_once,
     _group_size_divides_widths,
     _teacher_has_no_teacher,
+    _one_machine_without_a_scheduler,
+    _time_to_be_warned,
+    _options_of_the_launcher,
 )
 _STAGE_RULES: tuple[StageRule, ...] = (
     _one_length,

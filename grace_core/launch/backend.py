@@ -53,6 +53,10 @@ class Backend(Protocol):
 
 def backend_of(launch: Launch) -> Backend:
     """The back-end that the configuration chooses."""
+    if launch.backend.kind == "slurm":
+        from grace_core.launch.slurm import SlurmBackend
+
+        return SlurmBackend(launch)
     from grace_core.launch.local import LocalBackend
 
     return LocalBackend(launch)
@@ -61,8 +65,12 @@ def backend_of(launch: Launch) -> Backend:
 def rank_environment(launch: Launch) -> Mapping[str, str]:
     """Environment of every rank: this process's, without secrets, which no rank needs."""
     kept = {name: value for name, value in os.environ.items() if not is_secret(name)}
+    return {**kept, **rank_settings(launch)}
+
+
+def rank_settings(launch: Launch) -> Mapping[str, str]:
+    """Variables that every rank is given, wherever it runs."""
     return {
-        **kept,
         "OMP_NUM_THREADS": str(launch.threads_per_process),
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONUNBUFFERED": "1",

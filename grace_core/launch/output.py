@@ -29,9 +29,18 @@ _ATTEMPT = "attempt-"
 
 def new_attempt(logs: Path) -> Path:
     """Folder for the output of every rank of the next start; not made yet."""
+    return attempt_folder(logs, last_attempt(logs) + 1)
+
+
+def last_attempt(logs: Path) -> int:
+    """Number of the last start, 0 where there was none."""
     found = _attempts(logs)
-    last = int(found[-1].name.removeprefix(_ATTEMPT)) if found else 0
-    return logs / "ranks" / f"{_ATTEMPT}{last + 1:03d}"
+    return int(found[-1].name.removeprefix(_ATTEMPT)) if found else 0
+
+
+def attempt_folder(logs: Path, number: int) -> Path:
+    """Folder for the output of every rank of start `number`, counted from 1."""
+    return logs / "ranks" / f"{_ATTEMPT}{number:03d}"
 
 
 def newest_logs(logs: Path) -> list[Path]:

@@ -36,6 +36,10 @@ _LIBC = ctypes.CDLL(None, use_errno=True)  # loaded before any fork: the child m
 _SHOWN_LINES = 20
 _KILL_SECONDS = 10.0  # only a process stuck in a driver or a file system outlives SIGKILL so long
 
+TOOK_TOO_LONG = "raise launch.timeout_hours, or resume: finished steps are kept in checkpoints"
+FAILED = "mend what it says and run again: training resumes from its last checkpoint"
+"""What a user does next."""
+
 
 class ProcessesFailed(GraceError):
     """A process group ended with an error or did not end in time.
@@ -110,20 +114,27 @@ def run_process_group(
     if exit_code == 0:
         return
     if exit_code is None:
-        problem = f"did not end within {timeout_seconds:g} s and was stopped"
-        remedy = "raise launch.timeout_hours, or resume: finished steps are kept in checkpoints"
+        problem, remedy = f"did not end within {timeout_seconds:g} s and was stopped", TOOK_TOO_LONG
     else:
-        problem = f"ended with {_describe(exit_code)}"
-        remedy = "mend what it says and run again: training resumes from its last checkpoint"
+        problem = f"ended with {describe_exit(exit_code)}"
+        remedy = FAILED
     lines = LineReader(err, earlier).poll()
     if (failed := first_failure(lines)) is not None:
         rank, code = failed
-        problem += f" (rank {rank} failed first, with {_describe(code)})"
+        problem += f" (rank {rank} failed first, with {describe_exit(code)})"
         lines = lines_of_rank(lines, rank) or lines
+    raise processes_failed(
+        f"stage {stage}: its processes {problem}; {remedy}", log_folder, exit_code, lines
+    )
+
+
+def processes_failed(
+    summary: str, log_folder: Path, exit_code: int | None, lines: Sequence[str]
+) -> ProcessesFailed:
+    """The error with what a user looks at next: the output's folder and its last lines."""
     shown = lines[-_SHOWN_LINES:] or ["(nothing was written)"]
-    raise ProcessesFailed(
-        f"stage {stage}: its processes {problem}; {remedy}.\n"
-        f"Full output: {log_folder}\nLast lines of the error output:\n"
+    return ProcessesFailed(
+        f"{summary}.\nFull output: {log_folder}\nLast lines of the error output:\n"
         + "\n".join(f"  {line}" for line in shown),
         exit_code,
         lines,
@@ -218,7 +229,8 @@ def _signal(processes: Iterable[psutil.Process], number: signal.Signals) -> None
             process.send_signal(number)
 
 
-def _describe(exit_code: int) -> str:
+def describe_exit(exit_code: int) -> str:
+    """An exit code in words; a signal's is negative."""
     if exit_code >= 0:
         return f"exit code {exit_code}"
     name = signal.Signals(-exit_code).name

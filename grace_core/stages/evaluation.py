@@ -58,8 +58,12 @@ def evaluate(
 
 
 def evaluation_device(config: GraceConfig) -> torch.device:
-    """Where this process computes: the configured device, or a GPU when there is one."""
-    if config.launch.device == "cuda" and not torch.cuda.is_available():
+    """Where this process computes: the configured device, or a GPU when there is one.
+
+    With a scheduler the configured device is that of its nodes, where training alone runs.
+    """
+    here = config.launch.backend.kind == "local"
+    if here and config.launch.device == "cuda" and not torch.cuda.is_available():
         raise GraceError("launch.device is cuda, but torch sees no GPU; set it to cpu or auto")
     if config.launch.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
