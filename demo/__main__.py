@@ -17,7 +17,7 @@ from rich.markup import escape
 
 from demo.prefect_api import PrefectApi
 from demo.progress import follow
-from demo.services import Services, run_prefect, servers, worker
+from demo.services import POOLS, Services, run_prefect, servers, workers
 from grace_core.config import load_config
 from grace_core.errors import GraceError
 
@@ -48,11 +48,12 @@ def run(
     run_dir = ROOT / settings.run_dir
     started = time.monotonic()
     console.print("Starting Prefect and MLflow ...")
-    with servers(ROOT / services, ROOT) as local, worker(local):
+    with servers(ROOT / services, ROOT) as local, workers(local, POOLS[:1]):
         _print_addresses(local)
         flow_run_id = _submit(local, config, overrides)
         try:
-            final = follow(local.api, flow_run_id, run_dir, console)
+            at_root = settings.model_copy(update={"run_dir": run_dir})
+            final = follow(local.api, flow_run_id, at_root, console)
         except BaseException:
             _cancel(local.api, flow_run_id)
             raise
@@ -71,9 +72,9 @@ def run(
 
 @app.command()
 def ui(services: ServicesFolder = Path("runs/services")) -> None:
-    """Serve Prefect and MLflow until Ctrl-C, with a worker for runs started in the UI."""
+    """Serve Prefect and MLflow until Ctrl-C, with workers for runs started in the UI."""
     console.print("Starting Prefect and MLflow ...")
-    with servers(ROOT / services, ROOT) as local, worker(local):
+    with servers(ROOT / services, ROOT) as local, workers(local):
         _print_addresses(local)
         console.print("Ctrl-C ends them.")
         signal.pause()

@@ -21,10 +21,10 @@ def planned_stages(config: GraceConfig, goal: Goal) -> list[str]:
     releases = [f"release-{label}" for label in students]
     rows = [f"evaluate-{label}" for label in ("teacher", "baseline", *students)]
     ways: dict[Goal, list[str]] = {
-        "data": world + ["data"],
-        "teacher": world + ["data", *teacher],
-        "distill": world + ["data", *teacher, "bf16"],
-        "quantize": world + ["data", *teacher, *students],
+        "data": [*world, "data"],
+        "teacher": [*world, "data", *teacher],
+        "distill": [*world, "data", *teacher, "bf16"],
+        "quantize": [*world, "data", *teacher, *students],
     }
     ways["release"] = ways["quantize"] + releases
     ways["evaluate"] = ways["release"] + rows

@@ -20,6 +20,8 @@ _RECENT = 20
 """Reports whose median speed counts: long enough to pass over a slow one, short enough to notice
 that the machine has become slower."""
 
+_COUNTS_SHOWN = 3
+
 
 @dataclass(frozen=True)
 class StageProgress:
@@ -134,13 +136,14 @@ class RunMeter:
             self._plan = planned_stages(config, goal)
             self._before = {stage: earlier_seconds(config, stage) for stage in self._plan}
         self._now = now
-        self._started = now()
+        self.stage_began = now()
+        """Seconds since the epoch."""
         self._meter = StageMeter("")
 
     def started(self, stage: str) -> None:
         self.stage, self.values = stage, {}
-        self._started = self._now()
-        self._meter = StageMeter(stage, self._started)
+        self.stage_began = self._now()
+        self._meter = StageMeter(stage, self.stage_began)
 
     def ended(self, stage: str) -> None:
         self.finished.append(stage)
@@ -166,7 +169,7 @@ class RunMeter:
     def _run_left(self, stage: StageProgress, index: int) -> float | None:
         now = stage.seconds_left
         if now is None and (before := self._before[stage.stage]) is not None:
-            now = before - (self._now() - self._started)
+            now = before - (self._now() - self.stage_began)
             if now < 0:  # slower than it was, so what it was says no more
                 return None
         parts = [now, *(self._before[name] for name in self._plan[index + 1 :])]
@@ -203,6 +206,6 @@ def measured_text(event: Event) -> str:
         return f"step {event.step}  checkpoint written in {values['seconds']:.1f} s"
     if event.kind == "resume":
         return f"continuing after step {event.step}"
-    return "  ".join(
-        f"{name} {value:.0f}" for name, value in values.items() if name not in ("done", "total")
-    )
+    share = f"{100 * values['done'] / values['total']:.0f} %" if values.get("total") else ""
+    counts = [f"{name} {value:.0f}" for name, value in values.items()]
+    return "  ".join([share, *counts[:_COUNTS_SHOWN]]).strip()

@@ -10,6 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from contextvars import copy_context
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric
@@ -42,7 +43,10 @@ class MetricForwarder:
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._failure: Exception | None = None
-        self._thread = threading.Thread(target=self._send_until_closed, daemon=True)
+        # In this context a warning of the thread belongs to the flow run's logs.
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._send_until_closed,), daemon=True
+        )
 
     def on_event(self, event: Event) -> None:
         """Take an event; returns at once."""

@@ -7,8 +7,10 @@ and model it has; the parent run points to them.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import wraps
 from pathlib import Path
 from typing import Any, ParamSpec, cast
@@ -16,7 +18,7 @@ from typing import Any, ParamSpec, cast
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from prefect import task
+from prefect import get_client, runtime, task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -26,13 +28,24 @@ from pydantic import BaseModel, ConfigDict
 
 from grace_core.artifacts import Artifact, read_artifact
 from grace_core.config import GraceConfig
-from grace_core.events import read_events
+from grace_core.doctor.findings import as_text, require_no_problem
+from grace_core.events import Event, read_events
+from grace_core.plan import Goal
+from grace_core.progress import StageMeter, StageProgress
 from grace_core.stages import StageContext
+from operations.check_mlflow import AREA as MLFLOW
+from operations.flow_run_states import STAGE_LABEL
+from tasks.examine import examine
 from tasks.forwarding import MetricForwarder, TrackingUnavailable
 from tasks.lineage import MODEL_STAGES, add_model, ancestry_table, find_model, link_inputs
 from tasks.mlflow_runs import StageRun, end_after_error, finished_run, log_manifest, open_parent_run
+from tasks.watch import Watch, attach_logs, current_watch, watched_flow
 
 P = ParamSpec("P")
+
+_FINISHED_ONLY: ContextVar[bool] = ContextVar("finished_only", default=False)
+CURRENT_STAGE_TAG = "grace.current_stage"
+"""On the parent run: where it is, or was when it ended early."""
 
 _STAGE_TAG = "grace.stage_run."  # + stage: id of the run that made the stage's artifact
 
@@ -93,16 +106,33 @@ def stage_task(
 
 
 @contextmanager
-def tracked_flow(config: GraceConfig) -> Iterator[str]:
+def tracked_flow(config: GraceConfig, goal: Goal = "publish") -> Iterator[str]:
+    """Around all stages of a flow run: shown while it runs, tracked; yields its MLflow run's id.
+
+    goal: what the flow is for, which decides how many stages it has.
+    """
+    with watched_flow(config, goal) as watch, _parent_run(config, goal, watch) as run_id:
+        yield run_id
+
+
+@contextmanager
+def _parent_run(config: GraceConfig, goal: Goal, watch: Watch) -> Iterator[str]:
     """The parent MLflow run of a flow run; yields its id.
 
-    Ends with the ancestry of what was made, as a file of the run and as a Prefect artifact.
+    Looks first whether everything is here that a run up to `goal` needs, and raises NotReady where
+    it is not. Ends with the ancestry of what was made, as a file of the run and as a Prefect
+    artifact.
     """
+    findings = examine(config, goal)
+    require_no_problem(finding for finding in findings if finding.area == MLFLOW)
     client = MlflowClient()
     run = open_parent_run(config)
     run_id: str = run.info.run_id
+    watch.parent_run = run_id
     _show_link(run.info.experiment_id, run_id)
     try:
+        client.log_text(run_id, as_text(findings), "doctor.txt")
+        require_no_problem(findings)
         yield run_id
         tags = client.get_run(run_id).data.tags
         runs = [value for tag, value in tags.items() if tag.startswith(_STAGE_TAG)]
@@ -112,7 +142,18 @@ def tracked_flow(config: GraceConfig) -> Iterator[str]:
     except BaseException as error:
         end_after_error(run_id, error)
         raise
+    client.set_tag(run_id, CURRENT_STAGE_TAG, "finished")
     client.set_terminated(run_id, "FINISHED")
+
+
+@contextmanager
+def finished_stages_only() -> Iterator[None]:
+    """Within this block no stage works: one that is not done raises GraceError saying so."""
+    token = _FINISHED_ONLY.set(True)
+    try:
+        yield
+    finally:
+        _FINISHED_ONLY.reset(token)
 
 
 def run_stage(
@@ -130,10 +171,25 @@ def run_stage(
     Raises what the stage raises, and TrackingUnavailable when MLflow is away for too long.
     """
     done_before = {folder.name for folder in (config.run_dir / "artifacts").glob(f"{stage}-*")}
+    _label_flow_run(stage)
     child = StageRun(config, parent_run, stage)
     forwarder = MetricForwarder(child.open)
+    began, watch = time.time(), current_watch()
+    meter = StageMeter(stage, began)
+
+    def on_event(event: Event) -> None:
+        forwarder.on_event(event)
+        meter.take(event)
+        # What is read again of an attempt that ended has its progress recorded already.
+        if event.time >= began and (shown := _progress_event(event, meter.progress)):
+            forwarder.on_event(shown)
+        if watch is not None:
+            watch.take(event)
+
     try:
-        artifact = make(StageContext(on_event=forwarder.on_event))
+        if watch is not None:
+            child.client.set_tag(parent_run, CURRENT_STAGE_TAG, watch.started(stage))
+        artifact = make(StageContext(on_event, finished_only=_FINISHED_ONLY.get()))
         reused = artifact.path.name in done_before
         run_id = finished_run(child.experiment_id, artifact) if reused else None
         if run_id is None:
@@ -150,8 +206,13 @@ def run_stage(
                 record(run_id, artifact)
             child.client.set_terminated(run_id, "FINISHED")
         child.client.set_tag(parent_run, f"{_STAGE_TAG}{stage}", run_id)
+        if watch is not None:
+            watch.ended(stage)
     except BaseException as error:
+        if watch is not None:
+            watch.failed(error)
         child.end_after_error(error)
+        attach_logs(child, config, stage, began)
         raise
     model = find_model(child.experiment_id, artifact.digest) if stage in MODEL_STAGES else None
     ref = StageRef(
@@ -167,6 +228,24 @@ def run_stage(
         return ref
     # Prefect takes a state that a task returns as the task's own, with its data as the result.
     return cast(StageRef, Completed(name="Cached", message=f"reused {artifact.path}", data=ref))
+
+
+def _progress_event(event: Event, progress: StageProgress) -> Event | None:
+    """Per cent done and seconds left, where they are known, as metrics of the same step."""
+    if event.kind not in ("train", "progress") or progress.fraction is None:
+        return None
+    values = {"percent": 100.0 * progress.fraction}
+    if progress.seconds_left is not None:
+        values["seconds_left"] = progress.seconds_left
+    return Event(event.time, event.stage, event.step, "progress", values)
+
+
+def _label_flow_run(stage: str) -> None:
+    """Say where the flow run is, so that a message about its end can name the stage."""
+    flow_run_id = runtime.flow_run.id
+    if flow_run_id is not None:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run_labels(flow_run_id, {STAGE_LABEL: stage})
 
 
 def _metrics_file(config: GraceConfig, artifact: Artifact) -> Path:

@@ -26,6 +26,7 @@ from grace_core.cli.live import LiveProgress
 from grace_core.config import GraceConfig, load_config
 from grace_core.errors import GraceError
 from grace_core.events import Event
+from grace_core.progress import RunMeter
 from grace_core.stages import StageContext
 from tests.stand_in_stages import StandIns
 
@@ -62,7 +63,7 @@ class Scored(StandIns):
         self, config: GraceConfig, label: str, model: Artifact | None, context: StageContext
     ) -> Artifact:
         context.on_event(
-            Event(time.time(), f"evaluate-{label}", 1, "progress", {"b/done": 1.0, "b/total": 2.0})
+            Event(time.time(), f"evaluate-{label}", 1, "progress", {"done": 1.0, "total": 2.0})
         )
         scores = {"toy-choice": {"accuracy": {"baseline": 50.0}.get(label, 80.0)}}
         summary = {"label": label, "benchmarks": scores}
@@ -358,8 +359,12 @@ def test_a_users_mistake_within_a_stage_is_told_without_traceback(
     monkeypatch.setattr("grace_core.stages.distill", fail)
     code, out, err = cli("distill", TOY, *to)
     assert code == 1
-    assert err == "error: the disk is [full]\n"
+    assert err.startswith("error: the disk is [full]\nstage bf16 failed: error\n")
+    assert "kept: finished stages: world, data" in err
+    assert err.endswith(f"continue with:\n  grace distill {TOY} {' '.join(to)}\n")
     assert "done  data" in out
+    report = json.loads((Path(to[1].removeprefix("run_dir=")) / "failure.json").read_text())
+    assert (report["stage"], report["cause"]) == ("bf16", "the disk is [full]")
 
 
 def test_a_bug_keeps_its_traceback(
@@ -369,10 +374,26 @@ def test_a_bug_keeps_its_traceback(
     before = signal.getsignal(signal.SIGTERM)
     stages.fail_at = "bf16"
     try:
-        with pytest.raises(ValueError, match="bf16 went wrong"):
+        with pytest.raises(ValueError, match="bf16 went wrong") as caught:
             main(["distill", TOY, *to])
     finally:
         signal.signal(signal.SIGTERM, before)
+    assert "continue with:\n  grace distill" in caught.value.__notes__[0]
+
+
+def test_a_report_that_cannot_be_written_hides_nothing(
+    cli: Cli, stages: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".failure.json.new").mkdir()
+
+    def fail(*_: object) -> None:
+        raise GraceError("the reason")
+
+    monkeypatch.setattr("grace_core.stages.distill", fail)
+    code, _, err = cli("distill", TOY, "--set", f"run_dir={tmp_path / 'run'}")
+    assert code == 1
+    assert "error: the reason" in err and "continue with:" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -393,8 +414,12 @@ def test_an_interrupt_ends_cleanly_and_the_same_command_continues(
         signal.signal(signal.SIGINT, inherited)
     assert code == 130
     assert "interrupted; the same command continues" in err and "Traceback" not in err
+    assert "stage bf16 was cancelled" in err
+    failure = Path(to[1].removeprefix("run_dir=")) / "failure.md"
+    assert f"grace distill {TOY} {' '.join(to)}" in failure.read_text()
     code, out, _ = cli("distill", TOY, *to)
     assert code == 0
+    assert not failure.exists() and not failure.with_suffix(".json").exists()
     assert "kept  data" in out and "done  bf16" in out
     assert stages.made == ["world", "data", "bf16"]
 
@@ -403,14 +428,18 @@ def test_progress_shows_step_loss_and_bar_in_a_terminal(stages: Scored, tmp_path
     screen = io.StringIO()
     console = Console(file=screen, force_terminal=True, width=160, color_system=None)
     config = toy_config(f"run_dir={tmp_path}")
-    with LiveProgress(console) as progress:
+    with LiveProgress(console, RunMeter(config, "distill")) as progress:
         progress.started("bf16")
         values = {"steps": 8.0, "cross_entropy": 1.23456, "beta": 0.5, "seconds": 1.0}
-        progress.on_event(Event(time.time(), "bf16", 2, "train", values))
+        began = time.time() + 1
+        progress.on_event(Event(began, "bf16", 1, "train", values))
+        progress.on_event(Event(began + 11, "bf16", 2, "train", values))
         progress._progress.refresh()
         progress.ended("bf16", stages.generate_world(config, StageContext()))
     shown = screen.getvalue()
     assert "step 2/8" in shown and "cross_entropy 1.235" in shown and "beta 0.500" in shown
+    assert "bf16 (stage 3 of 3)" in shown
+    assert "1:06 left" in shown  # six steps of eleven seconds
     assert "done  bf16" in shown
 
 
@@ -420,7 +449,7 @@ def test_progress_writes_a_line_now_and_then_where_the_output_is_a_file(
     screen = io.StringIO()
     now = [100.0]
     monkeypatch.setattr("grace_core.cli.live.time.monotonic", lambda: now[0])
-    with LiveProgress(Console(file=screen, width=160)) as progress:
+    with LiveProgress(Console(file=screen, width=160), RunMeter()) as progress:
         progress.started("bf16")
         for step in range(1, 61):  # one second each
             now[0] += 1

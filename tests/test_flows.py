@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,22 @@ import yaml
 from mlflow import MlflowClient
 from prefect import get_client
 from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel, WorkPoolConfig
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+from prefect.client.schemas.filters import (
+    FlowRunFilter,
+    FlowRunFilterId,
+    LogFilter,
+    LogFilterFlowRunId,
+)
+from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.pipeline import grace
 from flows.stages import data, distill, evaluate, quantize
 from grace_core.errors import ConfigError
+from grace_core.events import Event
+from grace_core.launch.output import stream
+from grace_core.launch.process_group import ProcessesFailed
 from tests.stand_in_stages import StandIns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -201,6 +213,147 @@ def test_runs_that_a_killed_flow_left_open_are_closed_by_the_next(
     status = {run: client.get_run(run).info.status for run in (*dead, *unknown)}
     assert {status[run] for run in dead} == {"KILLED"}
     assert {status[run] for run in unknown} == {"RUNNING"}, "another server's, perhaps at work"
+
+
+def artifacts_of(flow_run_id: Any) -> dict[str, Any]:
+    """A flow run's artifacts by key."""
+    with get_client(sync_client=True) as prefect:
+        answer = prefect._client.post("/artifacts/filter", json={"limit": 200})
+    return {item["key"]: item for item in answer.json() if item["flow_run_id"] == str(flow_run_id)}
+
+
+def logs_of(flow_run_id: Any) -> list[tuple[int, str]]:
+    """Level and message of what arrived at the server."""
+    APILogWorker.drain_all()
+    wanted = LogFilter(flow_run_id=LogFilterFlowRunId(any_=[flow_run_id]))
+    with get_client(sync_client=True) as prefect:
+        return [(log.level, log.message) for log in prefect.read_logs(wanted, limit=200)]
+
+
+def parent_run(flow_run_id: Any) -> Any:
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("flows").experiment_id
+    (run,) = client.search_runs(
+        [experiment],
+        f"tags.`prefect.flow_run_id` = '{flow_run_id}' and tags.`grace.stage` = 'flow'",
+    )
+    return run
+
+
+def test_a_run_is_watched_while_it_runs(
+    stages: StandIns,
+    overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the middle of bf16, stage 3 of 3, after one of its four steps."""
+    monkeypatch.setattr("tasks.board._UPDATE_SECONDS", 0.05)
+    seen: dict[str, Any] = {}
+    plain = stages.distill
+
+    def distill_slowly(config: Any, data: Any, teacher: Any, context: Any) -> Any:
+        values = {"steps": 4.0, "cross_entropy": 1.25, "beta": 0.5, "grad_norm": 3.0}
+        begun = time.time() + 1
+        context.on_event(Event(begun, "bf16", 1, "train", values))
+        stream("[default0]:2026-01-02 03:04:05 INFO grace_core.training.loop: from rank 0")
+        flow_run_id = newest_flow_run().id
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            found = artifacts_of(flow_run_id)
+            if "1.25" in found.get("numbers", {"data": ""})["data"]:
+                seen.update(found, tag=parent_run(flow_run_id).data.tags["grace.current_stage"])
+                break
+            time.sleep(0.1)
+        context.on_event(Event(begun + 2, "bf16", 2, "train", values))
+        return plain(config, data, teacher, context)
+
+    monkeypatch.setattr("grace_core.stages.distill", distill_slowly)
+    ref = distill("configs/toy.yaml", overrides)
+    assert seen["tag"] == "bf16 (stage 3 of 3)"
+    assert seen["progress"]["data"] == pytest.approx(100 * (2 + 1 / 4) / 3, abs=0.1)
+    assert "bf16, stage 3 of 3: 1 of 4, time left unknown" in seen["numbers"]["data"]
+    for row in ("| beta | 0.5 |", "| grad_norm | 3 |"):
+        assert row in seen["numbers"]["data"]
+
+    flow_run = newest_flow_run()
+    after = artifacts_of(flow_run.id)
+    assert after["progress"]["id"] == seen["progress"]["id"], "updated, not made again"
+    assert (after["progress"]["data"], after["numbers"]["id"]) == (100.0, seen["numbers"]["id"])
+    assert any(
+        level == logging.INFO and "from rank 0" in text for level, text in logs_of(flow_run.id)
+    )
+    assert parent_run(flow_run.id).data.tags["grace.current_stage"] == "finished"
+    client = MlflowClient()
+    percent = client.get_metric_history(ref.mlflow_run_id, "progress/percent")
+    assert [(metric.step, metric.value) for metric in percent] == [(1, 25.0), (2, 50.0)]
+    (left,) = client.get_metric_history(ref.mlflow_run_id, "progress/seconds_left")
+    assert (left.step, left.value) == (2, pytest.approx(2 * 2.0))
+
+
+def test_a_server_that_does_not_answer_holds_up_nothing(
+    stages: StandIns, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    never = threading.Event()
+    monkeypatch.setattr("tasks.board.Board._send", lambda *_: never.wait(60))
+    monkeypatch.setattr("tasks.watch._REPORT_SECONDS", 0.1)
+    assert distill("configs/toy.yaml", overrides).stage == "bf16"
+    assert not never.is_set()
+    never.set()
+
+
+def test_a_failure_is_reported_wherever_people_look(
+    stages: StandIns,
+    overrides: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_not_for_anyone")
+    run_dir = tmp_path / "run"
+
+    def fail_in_a_rank(*_: Any) -> None:
+        work = run_dir / "work" / "bf16-0123456789ab"
+        rank = work / "logs" / "ranks" / "attempt-001" / "0"
+        rank.mkdir(parents=True)
+        (rank / "stderr.log").write_text("with hf_not_for_anyone\nValueError: bad row\n")
+        (work / "job.json").write_text("{}")
+        (work / "checkpoints" / "step-00000040").mkdir(parents=True)
+        (work / "checkpoints" / "step-00000040" / "state.json").write_text("{}")
+        raise ProcessesFailed("stage bf16: ended", 1, ["[default0]:ValueError: bad row"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr("grace_core.stages.distill", fail_in_a_rank)
+        with pytest.raises(ProcessesFailed):
+            distill("configs/toy.yaml", overrides)
+    flow_run = newest_flow_run()
+    expected = (
+        *("Stage bf16 failed: error", "ValueError: bad row", "finished stages: world, data"),
+        *("up to step 40", f"grace distill configs/toy.yaml --set run_dir={run_dir} --set"),
+    )
+    parent = parent_run(flow_run.id)
+    folder = Path(MlflowClient().download_artifacts(parent.info.run_id, ""))
+    reports = (
+        artifacts_of(flow_run.id)["failure"]["data"],
+        (run_dir / "failure.md").read_text(),
+        (folder / "failure.md").read_text(),
+    )
+    for report in reports:
+        assert all(part in report for part in expected), report
+    assert parent.data.tags["grace.current_stage"] == "bf16 (stage 3 of 3)"
+    errors = [text for level, text in logs_of(flow_run.id) if level >= logging.ERROR]
+    assert any(
+        "stage bf16 failed" in text and "continue with: grace distill" in text for text in errors
+    )
+    experiment = parent.info.experiment_id
+    (child,) = MlflowClient().search_runs(
+        [experiment],
+        f"tags.`mlflow.parentRunId` = '{parent.info.run_id}' and tags.`grace.stage` = 'bf16'",
+    )
+    kept = Path(MlflowClient().download_artifacts(child.info.run_id, "logs"))
+    (log,) = kept.rglob("*.log")
+    assert log.read_text() == "with [HF_TOKEN]\nValueError: bad row\n"
+
+    distill("configs/toy.yaml", overrides)
+    assert not (run_dir / "failure.md").exists() and not (run_dir / "failure.json").exists()
 
 
 def test_stage_flows_make_what_they_need(stages: StandIns, overrides: list[str]) -> None:

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
@@ -19,14 +21,21 @@ from rich.console import Console
 from rich.markup import escape
 
 from grace_core import __version__
-from grace_core.config import load_config
+from grace_core.config import GraceConfig, load_config
 from grace_core.errors import GraceError
 
 if TYPE_CHECKING:
     from grace_core.artifacts import Artifact
     from grace_core.cli.chain import Chain
+    from grace_core.plan import Goal
+    from grace_core.progress import RunMeter
+
+log = logging.getLogger(__name__)
 
 INTERRUPTED = 130
+
+_COMMAND: ContextVar[str] = ContextVar("command")
+"""This very command, ready for a shell: what continues a run that ended early."""
 
 app = typer.Typer(
     name="grace",
@@ -105,30 +114,40 @@ def run(config: ConfigFile, settings: Settings = None) -> None:
     Stopped at any point, the same command continues: finished stages are kept, and a training
     goes on from its last checkpoint.
     """
-    with _chain(config, settings) as chain:
-        published = chain.publication()
+    with _chain(config, settings, "publish") as chain:
         evaluations = chain.evaluations()
-    _show_results(published, evaluations)
+        waits = chain.config.publish.enabled and chain.config.publish.approval
+        published = None if waits else chain.publication()
+    _show_table(evaluations)
+    if published is not None:
+        _show_releases(published)
+    else:
+        console.print(
+            "\nNothing is published yet: publish.approval is true. Look at the results, then\n  "
+            f"grace publish {config} --approved-by YOUR-NAME",
+            markup=False,
+            highlight=False,
+        )
 
 
 @app.command(rich_help_panel=_STAGE)
 def data(config: ConfigFile, settings: Settings = None) -> None:
     """Prepare the training data: tokens and pictures, unusable records in quarantine."""
-    with _chain(config, settings) as chain:
+    with _chain(config, settings, "data") as chain:
         _show_metrics({"data": chain.data()})
 
 
 @app.command(rich_help_panel=_STAGE)
 def teacher(config: ConfigFile, settings: Settings = None) -> None:
     """Fit the teacher to the data (where the configuration has a section teacher_fit)."""
-    with _chain(config, settings) as chain:
+    with _chain(config, settings, "teacher") as chain:
         _show_metrics({"teacher": chain.teacher()})
 
 
 @app.command(rich_help_panel=_STAGE)
 def distill(config: ConfigFile, settings: Settings = None) -> None:
     """Train the BF16 student."""
-    with _chain(config, settings) as chain:
+    with _chain(config, settings, "distill") as chain:
         _show_metrics({"bf16": chain.bf16()})
 
 
@@ -147,33 +166,46 @@ def quantize(
 ) -> None:
     """Train the quantized students, starting from the BF16 student."""
     chosen = [f"quantize.variants=[{','.join(variant)}]"] if variant else []
-    with _chain(config, [*(settings or []), *chosen]) as chain:
+    with _chain(config, [*(settings or []), *chosen], "quantize") as chain:
         _show_metrics({name: chain.quantized(name) for name in chain.config.quantize.variants})
 
 
 @app.command(rich_help_panel=_STAGE)
 def release(config: ConfigFile, settings: Settings = None) -> None:
     """Write the students in the form that users load, and prove it equal to what was trained."""
-    with _chain(config, settings) as chain:
+    with _chain(config, settings, "release") as chain:
         _show_metrics(chain.releases())
 
 
 @app.command(rich_help_panel=_STAGE)
 def evaluate(config: ConfigFile, settings: Settings = None) -> None:
     """Score teacher, baseline and releases on the benchmarks."""
-    with _chain(config, settings) as chain:
+    with _chain(config, settings, "evaluate") as chain:
         evaluations = chain.evaluations()
     _show_table(evaluations)
 
 
 @app.command(rich_help_panel=_STAGE)
-def publish(config: ConfigFile, settings: Settings = None) -> None:
+def publish(
+    config: ConfigFile,
+    settings: Settings = None,
+    approved_by: Annotated[
+        str | None,
+        typer.Option(
+            help="Who has looked at the results; needed where publish.approval is true.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
     """Send the releases with their model cards to a directory or the Hugging Face Hub.
 
     For the Hub, the environment variable HF_TOKEN holds the token.
     """
-    with _chain(config, settings) as chain:
-        published = chain.publication()
+    from grace_core.publish.approval import Approval
+
+    approval = Approval.now(approved_by) if approved_by else None
+    with _chain(config, settings, "publish") as chain:
+        published = chain.publication(approval)
     _show_releases(published)
 
 
@@ -216,30 +248,83 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `grace`; ends the process unless a command just returned."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     signal.signal(signal.SIGTERM, _interrupt)  # ends like Ctrl-C: a training saves and leaves
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    _COMMAND.set(shlex.join(["grace", *given]))
     try:
-        app(args=arguments, prog_name="grace")
+        app(args=given, prog_name="grace")
     except GraceError as error:
+        notes: list[str] = getattr(error, "__notes__", [])
         Console(stderr=True).print(
-            f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True
+            "\n".join([f"[red]error:[/] {escape(str(error))}", *map(escape, notes)]),
+            highlight=False,
+            soft_wrap=True,
         )
         sys.exit(1)
 
 
 @contextmanager
-def _chain(config: Path, settings: list[str] | None) -> Iterator[Chain]:
-    """The configuration's stages, shown while they run."""
+def _chain(config: Path, settings: list[str] | None, goal: Goal) -> Iterator[Chain]:
+    """The configuration's stages, shown while they run; what ends them early is reported.
+
+    goal: what the command asks for, which decides how many stages there are on the way.
+    """
     resolved = load_config(config, settings or [])
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries would tear ours apart
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    _examine(resolved, goal)
+    from grace_core.failure import remove_failure
+    from grace_core.progress import RunMeter
+
+    meter = RunMeter(resolved, goal)
     try:
         with console.status("loading libraries"):
             from grace_core.cli.chain import Chain
             from grace_core.cli.live import LiveProgress
-        with LiveProgress(console) as progress:
+        with LiveProgress(console, meter) as progress:
             yield Chain(resolved, progress)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted; the same command continues where it stopped")
+    except KeyboardInterrupt as interrupt:
+        told = "interrupted; the same command continues where it stopped"
+        report = _report(interrupt, resolved.run_dir, meter)
+        Console(stderr=True).print(
+            f"{told}\n{report}", markup=False, highlight=False, soft_wrap=True
+        )
         raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        error.add_note(_report(error, resolved.run_dir, meter))
+        raise
+    remove_failure(resolved.run_dir)
+
+
+def _examine(config: GraceConfig, goal: Goal) -> None:
+    """What `grace doctor` checks, servers left out; raises NotReady where the run would fail."""
+    from grace_core.doctor.examination import examine
+    from grace_core.doctor.findings import Severity, require_no_problem
+
+    findings = examine(config, goal)
+    require_no_problem(findings)
+    for finding in findings:
+        if finding.severity in (Severity.WARNING, Severity.UNCHECKED):
+            text = f"[yellow]{finding.severity}:[/] {escape(finding.sentence)}"
+            console.print(text, highlight=False, soft_wrap=True)
+
+
+def _report(error: BaseException, run_dir: Path, meter: RunMeter) -> str:
+    """The report on an early end, as text; also written to the run's folder where that can be."""
+    from grace_core.failure import failure_of, write_failure
+
+    failure = failure_of(
+        error,
+        run_dir,
+        stage=meter.stage,
+        since=meter.stage_began,
+        finished=meter.finished,
+        commands=[_COMMAND.get()],
+    )
+    try:
+        write_failure(failure, run_dir)
+    except OSError as unwritten:
+        log.warning("the report on the failure could not be written: %s", unwritten)
+    return failure.to_text(after=str(error))
 
 
 def _show_metrics(artifacts: Mapping[str, Artifact]) -> None:
@@ -266,11 +351,6 @@ def _show_releases(published: Artifact) -> None:
         console.print(f"  {label:5} {place}", markup=False, highlight=False, soft_wrap=True)
     file = published.path / "results.json"
     console.print(f"Results: {file}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _show_results(published: Artifact, evaluations: Mapping[str, Artifact]) -> None:
-    _show_table(evaluations)
-    _show_releases(published)
 
 
 def _interrupt(*_: object) -> NoReturn:

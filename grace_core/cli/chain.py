@@ -13,6 +13,7 @@ from grace_core.artifacts import Artifact
 from grace_core.config.model import GraceConfig, Precision
 from grace_core.errors import GraceError
 from grace_core.events import Event
+from grace_core.publish.approval import Approval
 from grace_core.stages import StageContext
 
 
@@ -39,6 +40,8 @@ class Chain:
         self._found: dict[str, Artifact] = {}
 
     def data(self) -> Artifact:
+        if self.config.data.source.kind == "toy":
+            self._once("world", lambda: stages.generate_world(self.config, self._context))
         return self._once("data", lambda: stages.prepare_data(self.config, self._context))
 
     def teacher(self) -> Artifact:
@@ -77,11 +80,11 @@ class Chain:
         rows = {"teacher": self._fitted_teacher(), "baseline": None, **releases}
         return {label: self._evaluation(label, model) for label, model in rows.items()}
 
-    def publication(self) -> Artifact:
+    def publication(self, approval: Approval | None = None) -> Artifact:
         releases, evaluations = self.releases(), self.evaluations()
         return self._once(
             "publish",
-            lambda: stages.publish(self.config, releases, evaluations, self._context),
+            lambda: stages.publish(self.config, releases, evaluations, self._context, approval),
         )
 
     def _fitted_teacher(self) -> Artifact | None:

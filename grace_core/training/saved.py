@@ -63,6 +63,17 @@ def latest_checkpoint(folder: Path, layout: Layout) -> Saved | None:
     return None
 
 
+def newest_written(folder: Path) -> tuple[Path, int] | None:
+    """The newest checkpoint and its step, without reading its tensors; None where there is none.
+
+    Quick, for a report on a failure; a resume compares digests as well (`latest_checkpoint`).
+    """
+    found = max(folder.glob(f"{STEP_PREFIX}*/{STATE_FILE}"), default=None)
+    return (
+        None if found is None else (found.parent, int(found.parent.name.removeprefix(STEP_PREFIX)))
+    )
+
+
 def _read_state(path: Path) -> dict[str, Any] | None:
     """The state of a checkpoint whose files all have their recorded digests, else None."""
     try:
