@@ -31,11 +31,16 @@ class StandIns:
         self.fail_at: str | None = None
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in (
+        for name, stage in self.functions().items():
+            monkeypatch.setattr(stages, name, stage)
+
+    def functions(self) -> dict[str, Any]:
+        """What stands in, by the names in `grace_core.stages`."""
+        names = (
             *("generate_world", "prepare_data", "fit_teacher", "distill", "quantize"),
             *("release", "evaluate", "publish", "find_publication"),
-        ):
-            monkeypatch.setattr(stages, name, getattr(self, name))
+        )
+        return {name: getattr(self, name) for name in names}
 
     def generate_world(self, config: GraceConfig, context: StageContext) -> Artifact:
         section = config.data.source.model_dump(mode="json")

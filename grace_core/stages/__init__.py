@@ -4,14 +4,24 @@ A stage first looks whether its artifact exists (same configuration section, sam
 package version) and returns it at once. Otherwise it works, and the artifact's directory gets its
 name only when everything in it is whole. Prefect tasks and the command line call the same
 functions; nothing here knows either.
+
+A stage's module is imported when the stage is first asked for: what they need takes seconds to
+import, and a flow run that finds nothing to do needs none of it.
 """
 
-from grace_core.stages.data import generate_benchmarks, generate_world, prepare_data
-from grace_core.stages.evaluation import evaluate
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from grace_core.stages.once import StageContext
-from grace_core.stages.publishing import find_publication, publish
-from grace_core.stages.release import release
-from grace_core.stages.training import distill, fit_teacher, quantize
+
+if TYPE_CHECKING:
+    from grace_core.stages.data import generate_benchmarks, generate_world, prepare_data
+    from grace_core.stages.evaluation import evaluate
+    from grace_core.stages.publishing import find_publication, publish
+    from grace_core.stages.releasing import release
+    from grace_core.stages.training import distill, fit_teacher, quantize
 
 __all__ = [
     "StageContext",
@@ -26,3 +36,17 @@ __all__ = [
     "quantize",
     "release",
 ]
+
+_MODULES = {
+    **dict.fromkeys(("generate_benchmarks", "generate_world", "prepare_data"), "data"),
+    "evaluate": "evaluation",
+    **dict.fromkeys(("find_publication", "publish"), "publishing"),
+    "release": "release",
+    **dict.fromkeys(("distill", "fit_teacher", "quantize"), "training"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)

@@ -5,16 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
-from typing import Any
 
-from grace_core.artifacts import Artifact, ArtifactWriter, Parent, fingerprint, sha256_of
-from grace_core.config.load import require_environment
+from grace_core.artifacts import Artifact, ArtifactWriter, Parent, fingerprint
 from grace_core.config.model import GraceConfig, ShareGPT4VData, ToyData
-from grace_core.data.listing import listing_digest
 from grace_core.data.prepare import PreparationReport, prepare
 from grace_core.data.sharegpt4v import RawRecord, read_records
-from grace_core.errors import GraceError
 from grace_core.models.loading import (
     CheckpointFolder,
     check_pair,
@@ -24,6 +19,12 @@ from grace_core.models.loading import (
 )
 from grace_core.models.visual_inputs import VisualInputs
 from grace_core.stages.once import StageContext, once, progress
+from grace_core.stages.sources import (
+    annotations_parent,
+    pictures_parent,
+    sharegpt4v_files,
+    world_section,
+)
 from grace_core.toy.world import write_benchmark, write_training_set
 
 BENCHMARK_SEED = 1
@@ -44,11 +45,6 @@ def generate_world(config: GraceConfig, context: StageContext) -> Artifact:
         )
 
     return once(config, context, "world", world_section(config), {}, make)
-
-
-def world_section(config: GraceConfig) -> dict[str, Any]:
-    """Everything that decides what toy data are generated."""
-    return {**config.data.source.model_dump(mode="json"), "seed": config.seed}
 
 
 def generate_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
@@ -131,35 +127,6 @@ def _tokenizer_parent(folder: CheckpointFolder) -> Parent:
         digest=fingerprint("tokenizer", facts, {}),
         revision=folder.revision,
     )
-
-
-def sharegpt4v_files(source: ShareGPT4VData) -> tuple[Path, list[Path]]:
-    """The picture root and the annotation files; raises GraceError for those that are missing."""
-    require_environment(source.root, "data.source.root")
-    root = Path(source.root).expanduser()
-    files = [root / name for name in source.annotations]
-    missing = [str(path) for path in (root, *files) if not path.exists()]
-    if missing:
-        raise GraceError(
-            "data.source: not found: " + ", ".join(missing) + "; set data.source.root (or "
-            "GRACE_DATA_ROOT) to the folder that holds the annotation files and pictures"
-        )
-    return root, files
-
-
-def annotations_parent(files: list[Path]) -> Parent:
-    """The annotation files by content."""
-    digests = {str(number): sha256_of(file) for number, file in enumerate(files)}
-    return Parent(
-        kind="annotations",
-        path=", ".join(str(file) for file in files),
-        digest=fingerprint("annotations", digests, {}),
-    )
-
-
-def pictures_parent(root: Path, run_dir: Path) -> Parent:
-    """Everything below the root by name, size and time: reading it all would take too long."""
-    return Parent(kind="pictures", path=str(root), digest=listing_digest(root, run_dir))
 
 
 def _counts(counts: PreparationReport) -> dict[str, float]:

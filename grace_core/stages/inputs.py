@@ -20,8 +20,7 @@ from grace_core.artifacts import digest_folder, fingerprint
 from grace_core.config.load import config_digest
 from grace_core.config.model import CheckpointSource, GraceConfig, ShareGPT4VData
 from grace_core.errors import GraceError
-from grace_core.models.loading import locate_checkpoint
-from grace_core.stages.data import (
+from grace_core.stages.sources import (
     annotations_parent,
     pictures_parent,
     sharegpt4v_files,
@@ -124,6 +123,9 @@ def _teacher_digest(source: CheckpointSource) -> str:
     try:
         commit = HfApi().model_info(source.path, revision=source.revision).sha
     except OfflineModeIsEnabled:
+        # Seconds to import, and hardly ever needed.
+        from grace_core.models.loading import locate_checkpoint
+
         commit = locate_checkpoint(source).revision  # what such a run would take
     except (HfHubHTTPError, httpx2.TransportError, OSError, ValueError) as error:
         raise GraceError(

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from grace_core.artifacts import (
     OUTSIDE,
@@ -29,7 +29,9 @@ from grace_core.config.model import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.events import Event
 from grace_core.locks import sole_maker
-from grace_core.models.loading import CheckpointFolder
+
+if TYPE_CHECKING:
+    from grace_core.models.loading import CheckpointFolder
 
 _COMMANDS = {
     **dict.fromkeys(("world", "data"), "data"),
