@@ -6,13 +6,12 @@ running training. Prefect takes the parameters' descriptions in the UI's form fr
 
 from __future__ import annotations
 
-from prefect import flow
-
 from grace_core.config import GraceConfig, load_config
 from tasks.approval import approval_needed, request_publication, require_publisher
 from tasks.distill_student import distill_student
 from tasks.fit_teacher import fit_teacher
 from tasks.generate_world import generate_world
+from tasks.guard import guarded_flow
 from tasks.new_inputs import look_at_inputs, nothing_new, remember_inputs
 from tasks.prepare_data import prepare_data
 from tasks.publish_models import publish_models, show_results
@@ -24,7 +23,7 @@ from tasks.tracked import StageRef, tracked_flow
 Models = dict[str, StageRef]
 
 
-@flow(name="grace", persist_result=True, result_serializer="json")
+@guarded_flow("grace")
 def grace(
     config: str = "configs/toy.yaml",
     overrides: list[str] | None = None,

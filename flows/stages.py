@@ -6,12 +6,13 @@ and run when they are not.
 
 from __future__ import annotations
 
-from prefect import flow
+from typing import Annotated
+
+from pydantic import Field
 
 from flows.pipeline import (
     Models,
     fitted_teacher,
-    published,
     released_models,
     scores,
     trained_models,
@@ -19,13 +20,16 @@ from flows.pipeline import (
 )
 from grace_core.config import load_config
 from grace_core.config.model import Precision
+from tasks.approval import decide, rejected
 from tasks.distill_student import distill_student
-from tasks.tracked import StageRef, tracked_flow
+from tasks.guard import guarded_flow
+from tasks.publish_models import publish_models, show_results
+from tasks.tracked import StageRef, finished_stages_only, tracked_flow
 
 DEFAULT = "configs/toy.yaml"
 
 
-@flow(name="grace-data", persist_result=True, result_serializer="json")
+@guarded_flow("grace-data")
 def data(config: str = DEFAULT, overrides: list[str] | None = None) -> StageRef:
     """Prepare the training data.
 
@@ -34,11 +38,11 @@ def data(config: str = DEFAULT, overrides: list[str] | None = None) -> StageRef:
         overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
     """
     settings = load_config(config, overrides or [])
-    with tracked_flow(settings) as run:
+    with tracked_flow(settings, "data") as run:
         return training_data(settings, run)
 
 
-@flow(name="grace-distill", persist_result=True, result_serializer="json")
+@guarded_flow("grace-distill")
 def distill(config: str = DEFAULT, overrides: list[str] | None = None) -> StageRef:
     """Distil the BF16 student.
 
@@ -47,13 +51,13 @@ def distill(config: str = DEFAULT, overrides: list[str] | None = None) -> StageR
         overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
     """
     settings = load_config(config, overrides or [])
-    with tracked_flow(settings) as run:
+    with tracked_flow(settings, "distill") as run:
         prepared = training_data(settings, run)
         teacher = fitted_teacher(settings, run, prepared)
         return distill_student(settings, run, prepared, teacher)
 
 
-@flow(name="grace-quantize", persist_result=True, result_serializer="json")
+@guarded_flow("grace-quantize")
 def quantize(
     config: str = DEFAULT,
     overrides: list[str] | None = None,
@@ -68,11 +72,11 @@ def quantize(
     """
     switches = [f"quantize.variants=[{','.join(variants)}]"] if variants else []
     settings = load_config(config, [*(overrides or []), *switches])
-    with tracked_flow(settings) as run:
+    with tracked_flow(settings, "quantize") as run:
         return trained_models(settings, run)
 
 
-@flow(name="grace-release", persist_result=True, result_serializer="json")
+@guarded_flow("grace-release")
 def release(config: str = DEFAULT, overrides: list[str] | None = None) -> Models:
     """Write the models in the form that users load, and prove it exact.
 
@@ -81,11 +85,11 @@ def release(config: str = DEFAULT, overrides: list[str] | None = None) -> Models
         overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
     """
     settings = load_config(config, overrides or [])
-    with tracked_flow(settings) as run:
+    with tracked_flow(settings, "release") as run:
         return released_models(settings, run, trained_models(settings, run))
 
 
-@flow(name="grace-evaluate", persist_result=True, result_serializer="json")
+@guarded_flow("grace-evaluate")
 def evaluate(config: str = DEFAULT, overrides: list[str] | None = None) -> Models:
     """Score teacher, baseline and the releases.
 
@@ -94,20 +98,38 @@ def evaluate(config: str = DEFAULT, overrides: list[str] | None = None) -> Model
         overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
     """
     settings = load_config(config, overrides or [])
-    with tracked_flow(settings) as run:
+    with tracked_flow(settings, "evaluate") as run:
         models = trained_models(settings, run)
         releases = released_models(settings, run, models)
         return scores(settings, run, models.get("teacher"), releases)
 
 
-@flow(name="grace-publish", persist_result=True, result_serializer="json")
-def publish(config: str = DEFAULT, overrides: list[str] | None = None) -> StageRef:
-    """Send the releases to their destination, with their results.
+@guarded_flow("grace-publish")
+def publish(
+    config: str = DEFAULT,
+    overrides: list[str] | None = None,
+    ask: bool = True,
+    days: Annotated[float, Field(gt=0)] = 7.0,
+) -> StageRef:
+    """Send finished releases to their destination, with their results, once a person agrees.
+
+    Nothing is trained here: a stage that is not done is an error.
 
     Args:
         config: Configuration file, relative to the project root or absolute.
         overrides: Settings that replace the file's, each as dotted.key=value, as in seed=3.
+        ask: Wait for a person, who sees the results and a form; off, it publishes at once.
+        days: How long to wait for that person; then the run fails and nothing is published.
     """
     settings = load_config(config, overrides or [])
-    with tracked_flow(settings) as run:
-        return published(settings, run)
+    with tracked_flow(settings, "publish") as run:
+        with finished_stages_only():
+            models = trained_models(settings, run)
+            releases = released_models(settings, run, models)
+            evaluations = scores(settings, run, models.get("teacher"), releases)
+        agreed, approval = decide(settings, run, releases, evaluations, ask=ask, days=days)
+        if not agreed:
+            return rejected(approval)
+        result = publish_models(settings, run, releases, evaluations, approval)
+        show_results(settings, run, result)
+        return result

@@ -37,6 +37,7 @@ from operations.check_mlflow import AREA as MLFLOW
 from operations.flow_run_states import STAGE_LABEL
 from tasks.examine import examine
 from tasks.forwarding import MetricForwarder, TrackingUnavailable
+from tasks.guard import guarded
 from tasks.lineage import MODEL_STAGES, add_model, ancestry_table, find_model, link_inputs
 from tasks.mlflow_runs import StageRun, end_after_error, finished_run, log_manifest, open_parent_run
 from tasks.watch import Watch, attach_logs, current_watch, watched_flow
@@ -111,7 +112,11 @@ def tracked_flow(config: GraceConfig, goal: Goal = "publish") -> Iterator[str]:
 
     goal: what the flow is for, which decides how many stages it has.
     """
-    with watched_flow(config, goal) as watch, _parent_run(config, goal, watch) as run_id:
+    with (
+        guarded(),
+        watched_flow(config, goal) as watch,
+        _parent_run(config, goal, watch) as run_id,
+    ):
         yield run_id
 
 

@@ -1,0 +1,120 @@
+"""A flow run and Prefect stay of one mind, whoever else has died.
+
+A cancellation is carried out by the worker that started the run. When that worker was killed, its
+runs go on and nobody ends them. And a run whose heartbeats did not arrive for a while, because the
+server was away, is taken for dead although it is alive. So the run looks at its own state now and
+then: it ends itself when it is being cancelled and nobody does it, or when it was ended by hand;
+and it takes back that it had crashed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ParamSpec, TypeVar
+from uuid import UUID
+
+import httpx
+import prefect
+from prefect import Flow, get_client, runtime
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import PrefectHTTPStatusError
+from prefect.states import Cancelled, Running
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+LOOK_SECONDS = 10.0
+PATIENCE_SECONDS = 40.0
+"""A worker that carries out a cancellation has killed the run after 30."""
+
+_ended_as: State[Any] | None = None
+"""The state this process ended itself for; Prefect would call it crashed."""
+
+
+def guarded_flow(name: str) -> Callable[[Callable[P, R]], Flow[P, R]]:
+    """Make a function one of the pipeline's flows; its stages must run within `guarded`."""
+
+    def decorate(function: Callable[P, R]) -> Flow[P, R]:
+        return prefect.flow(
+            name=name, persist_result=True, result_serializer="json", on_crashed=[_set_right]
+        )(function)
+
+    return decorate
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Around the work of a flow run: its state in Prefect is looked at while it goes on."""
+    flow_run_id = runtime.flow_run.id
+    if flow_run_id is None:
+        yield
+        return
+    over = threading.Event()
+    thread = threading.Thread(
+        target=_look, args=(UUID(flow_run_id), over), name="guard", daemon=True
+    )
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()  # the thread may be waiting for a server that is away: it is not waited for
+
+
+def _look(flow_run_id: UUID, over: threading.Event) -> None:
+    cancelling_since: float | None = None
+    with get_client(sync_client=True) as client:
+        while not over.wait(LOOK_SECONDS):
+            try:
+                state = client.read_flow_run(flow_run_id).state
+                if state is not None and state.is_crashed() and not over.is_set():
+                    _take_back(client, flow_run_id)
+                    continue
+            except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+                logger.debug("Prefect does not tell the state of this run: %s", error)
+                continue
+            if state is None:
+                continue
+            if not state.is_cancelling():
+                cancelling_since = None
+            elif cancelling_since is None:
+                cancelling_since = time.monotonic()
+            neglected = (
+                cancelling_since is not None
+                and time.monotonic() - cancelling_since > PATIENCE_SECONDS
+            )
+            if (neglected or state.is_final()) and not over.is_set():
+                _end_this_process(state)
+                return
+
+
+def _take_back(client: SyncPrefectClient, flow_run_id: UUID) -> None:
+    logger.warning("this run was marked as crashed, but it is alive: marked as running again")
+    message = "Alive: its heartbeats had not arrived"
+    client.set_flow_run_state(flow_run_id, Running(message=message), force=True)
+
+
+def _end_this_process(state: State[Any]) -> None:
+    global _ended_as
+    if state.is_final():
+        logger.warning("this run was marked as %s; it ends now", state.name)
+        _ended_as = state
+    else:
+        logger.warning("this run is being cancelled, and no worker is there to do it: it ends now")
+        _ended_as = Cancelled(message="Ended by itself: no worker carried out the cancellation")
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _set_right(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    """Prefect has marked the run as crashed because of the signal; say what really ended it."""
+    if _ended_as is not None:
+        with get_client(sync_client=True) as client:
+            client.set_flow_run_state(flow_run.id, _ended_as, force=True)

@@ -1,0 +1,109 @@
+"""A run whose worker is gone still carries out a cancellation, and is not taken for dead."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prefect import get_client
+from prefect.settings import PREFECT_API_URL
+from prefect.states import Cancelled, Cancelling, Crashed
+from prefect.testing.utilities import prefect_test_harness
+
+ROOT = Path(__file__).resolve().parent.parent
+FLOW = """
+import os, subprocess, sys, time
+from pathlib import Path
+from prefect import runtime
+from grace_core.launch.process_group import run_process_group
+from tasks import guard
+
+guard.LOOK_SECONDS, guard.PATIENCE_SECONDS = 0.2, 1.0
+folder = Path(sys.argv[1])
+rank = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
+
+@guard.guarded_flow("guarded")
+def work() -> None:
+    with guard.guarded():
+        (folder / "id.new").write_text(str(runtime.flow_run.id))
+        (folder / "id.new").rename(folder / "id")
+        run_process_group(
+            [sys.executable, "-c", rank, str(folder / "rank")], stage="bf16", env=os.environ,
+            log_folder=folder / "logs", grace_seconds=5.0, poll_seconds=0.1,
+            on_poll=lambda: None if not (folder / "stop").exists() else sys.exit(7),
+        )
+
+work()
+"""
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module", autouse=True)
+def server() -> Iterator[None]:
+    with prefect_test_harness(server_startup_timeout=180):
+        yield
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A guarded flow at work in a process of its own, and its flow run's id."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", FLOW, str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()},
+    )
+    try:
+        assert wait_until((tmp_path / "rank").exists)
+        yield process, (tmp_path / "id").read_text()
+    finally:
+        process.kill()
+        process.wait()
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def state_of(flow_run_id: str) -> str:
+    with get_client(sync_client=True) as client:
+        return str(client.read_flow_run(flow_run_id).state_name)  # type: ignore[arg-type]
+
+
+def set_state(flow_run_id: str, state: Any) -> None:
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(flow_run_id, state, force=True)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("state", [Cancelling, Cancelled])
+def test_a_cancellation_that_nobody_carries_out_is_carried_out(
+    run: tuple[subprocess.Popen[bytes], str], tmp_path: Path, state: Callable[[], Any]
+) -> None:
+    process, flow_run_id = run
+    rank = int((tmp_path / "rank").read_text())
+    set_state(flow_run_id, state())
+    assert process.wait(60) != 0
+    assert state_of(flow_run_id) == "Cancelled"
+    assert not Path(f"/proc/{rank}").exists(), "its processes are ended with it"
+
+
+def test_a_run_that_was_taken_for_dead_goes_on(
+    run: tuple[subprocess.Popen[bytes], str], tmp_path: Path
+) -> None:
+    process, flow_run_id = run
+    set_state(flow_run_id, Crashed(message="no heartbeat"))
+    assert wait_until(lambda: state_of(flow_run_id) == "Running")
+    assert process.poll() is None
+    (tmp_path / "stop").touch()
+    process.wait(60)
