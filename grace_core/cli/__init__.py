@@ -1,5 +1,6 @@
 """The command line `grace`: the pipeline without Prefect."""
 
 from grace_core.cli.app import main
+from grace_core.cli.kubernetes import kubernetes
 
-__all__ = ["main"]
+__all__ = ["kubernetes", "main"]

@@ -55,12 +55,11 @@ def train_job(
     *,
     name: str,
     needed: Iterable[Path],
-    data_workers: int = 0,
 ) -> dict[str, Any]:
     """The manifest of a `TrainJob` that runs `program` in `pods.nodes` x `launch.processes` ranks.
 
-    name: of the run and its stage, made fit for Kubernetes; needed: every path that the ranks
-    read or write; data_workers: processes of each rank besides itself, which need a core each.
+    name: of the run and its stage, made fit for Kubernetes; needed: every path that the ranks read
+    or write.
 
     Raises GraceError when a path is not on the shared storage, or the storage's place cannot be
     mounted over in a container.
@@ -91,7 +90,7 @@ def train_job(
             "kind": "ClusterTrainingRuntime",
             "name": pods.runtime,
         },
-        "trainer": _trainer(program, launch, pods, data_workers),
+        "trainer": _trainer(program, launch, pods),
         "runtimePatches": [_volumes(launch, pods)],
     }
     if launch.timeout_hours is not None:
@@ -106,11 +105,11 @@ def job_name(text: str) -> str:
 
 
 def _is_on(path: Path, mount: Path) -> bool:
-    """Both as they are named and as links lead: a link out of the storage leads nowhere there."""
-    return path.is_absolute() and all(one.is_relative_to(mount) for one in (path, path.resolve()))
+    """Both as it is named and as its links lead: a link out of the storage leads nowhere there."""
+    return path.is_relative_to(mount) and path.resolve().is_relative_to(mount.resolve())
 
 
-def _trainer(program: Program, launch: Launch, pods: Pods, data_workers: int) -> Mapping[str, Any]:
+def _trainer(program: Program, launch: Launch, pods: Pods) -> Mapping[str, Any]:
     ranks = program.logs / "ranks"
     settings = {
         **rank_settings(launch),
@@ -128,13 +127,13 @@ def _trainer(program: Program, launch: Launch, pods: Pods, data_workers: int) ->
         "numNodes": pods.nodes,
         "numProcPerNode": launch.processes,
         "env": [{"name": key, "value": value} for key, value in settings.items()],
-        "resourcesPerNode": _resources(launch, pods, data_workers),
+        "resourcesPerNode": _resources(launch, pods),
     }
 
 
-def _resources(launch: Launch, pods: Pods, data_workers: int) -> Mapping[str, Any]:
+def _resources(launch: Launch, pods: Pods) -> Mapping[str, Any]:
     """GPUs are limits; Kubernetes asks for as many as it limits them to."""
-    cores = launch.processes * (launch.threads_per_process + data_workers)
+    cores = launch.processes * launch.threads_per_process
     requests, limits = {"cpu": str(cores)}, {}
     if launch.device != "cpu":
         limits[_GPU] = str(launch.processes)

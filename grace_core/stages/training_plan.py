@@ -1,0 +1,121 @@
+"""What a training stage is to do, before anybody does it: settings, inputs, and the job's file.
+
+Whoever runs the job, this process's back-end or a cluster, reads the same file and leaves the
+result in the same folder.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from grace_core.artifacts import Artifact, Parent, fingerprint
+from grace_core.config.model import GraceConfig, Precision, Quantization, TrainingStage
+from grace_core.data.prepare import TRAIN
+from grace_core.models.loading import CheckpointFolder, locate_checkpoint, read_checkpoint
+from grace_core.stages.once import checkpoint_parent, stage_folder
+from grace_core.training.job import TrainingJob
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """One training stage, its inputs known by digest."""
+
+    stage: str
+    settings: Mapping[str, Any]
+    """Everything of the configuration that decides the result."""
+    parents: Mapping[str, Parent]
+    job: TrainingJob
+    artifact: Path
+    """Folder that the stage's artifact will have."""
+
+
+def plan_teacher(config: GraceConfig, data: Artifact) -> TrainingPlan:
+    """Stage `teacher`."""
+    assert config.teacher_fit is not None, "the configuration fits no teacher"
+    start = locate_checkpoint(config.models.teacher)
+    parents = {"start": checkpoint_parent(start), "data": data.as_parent()}
+    return _plan(config, "teacher", config.teacher_fit, start, None, data, parents)
+
+
+def plan_bf16(config: GraceConfig, data: Artifact, teacher: Artifact | None) -> TrainingPlan:
+    """Stage `bf16`; teacher: the fitted one, or None for the checkpoint of the configuration."""
+    start = locate_checkpoint(config.models.student)
+    parents = {"student": checkpoint_parent(start), "data": data.as_parent()}
+    folder = None
+    if config.distill.objective.needs_teacher:
+        folder, parents["teacher"] = _teacher(config, teacher)
+    return _plan(config, "bf16", config.distill, start, folder, data, parents)
+
+
+def plan_quantized(
+    config: GraceConfig,
+    precision: Precision,
+    data: Artifact,
+    teacher: Artifact | None,
+    bf16: Artifact,
+) -> TrainingPlan:
+    """Stages `w8` and `w4`."""
+    start = read_checkpoint(bf16.path / "model")
+    parents = {"student": bf16.as_parent(), "data": data.as_parent()}
+    folder = None
+    if config.quantize.objective.needs_teacher:
+        folder, parents["teacher"] = _teacher(config, teacher)
+    return _plan(config, precision, config.quantize, start, folder, data, parents, precision)
+
+
+def write_job(job: TrainingJob) -> Path:
+    """Write what the ranks read, and return the file."""
+    job.work.mkdir(parents=True, exist_ok=True)
+    file, aside = job.work / "job.json", job.work / ".job.json.new"
+    aside.write_text(job.model_dump_json(indent=1), encoding="utf-8")
+    os.replace(aside, file)
+    return file
+
+
+def _plan(
+    config: GraceConfig,
+    stage: str,
+    section: TrainingStage,
+    student: CheckpointFolder,
+    teacher: CheckpointFolder | None,
+    data: Artifact,
+    parents: Mapping[str, Parent],
+    precision: Precision | None = None,
+) -> TrainingPlan:
+    settings = {
+        "training": section.training.model_dump(mode="json"),
+        "objective": section.objective.model_dump(mode="json"),
+        "seed": config.seed,
+        "pixels": [config.data.min_pixels, config.data.max_pixels],
+    }
+    if isinstance(section, Quantization):
+        settings |= {"precision": precision, "group_size": section.group_size}
+    key = fingerprint(stage, settings, parents)
+    job = TrainingJob(
+        stage=stage,
+        seed=config.seed,
+        training=section.training,
+        objective=section.objective,
+        student=student.path,
+        teacher=None if teacher is None else teacher.path,
+        data=data.path / TRAIN,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+        precision=precision,
+        group_size=config.quantize.group_size,
+        device=config.launch.device,
+        grace_seconds=config.launch.seconds_to_save,
+        work=config.run_dir / "work" / f"{stage}-{key[:12]}",
+    )
+    return TrainingPlan(stage, settings, parents, job, stage_folder(config, stage, key))
+
+
+def _teacher(config: GraceConfig, fitted: Artifact | None) -> tuple[CheckpointFolder, Parent]:
+    if fitted is not None:
+        return read_checkpoint(fitted.path / "model"), fitted.as_parent()
+    folder = locate_checkpoint(config.models.teacher)
+    return folder, checkpoint_parent(folder)
