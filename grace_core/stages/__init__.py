@@ -41,7 +41,7 @@ _MODULES = {
     **dict.fromkeys(("generate_benchmarks", "generate_world", "prepare_data"), "data"),
     "evaluate": "evaluation",
     **dict.fromkeys(("find_publication", "publish"), "publishing"),
-    "release": "release",
+    "release": "releasing",
     **dict.fromkeys(("distill", "fit_teacher", "quantize"), "training"),
 }
 
