@@ -19,7 +19,7 @@ import platform
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -263,24 +263,6 @@ def read_artifact(folder: Path) -> Artifact:
             "the version that made it, or move the folder away and run its stage again"
         ) from error
     return Artifact(folder, manifest)
-
-
-def ancestry(artifacts: Iterable[Artifact]) -> dict[str, Artifact]:
-    """These artifacts and everything they were made from, by stage name.
-
-    Raises GraceError when an ancestor's directory is gone.
-    """
-    found: dict[str, Artifact] = {}
-    pending = list(artifacts)
-    while pending:
-        artifact = pending.pop()
-        if artifact.manifest.stage in found:
-            continue
-        found[artifact.manifest.stage] = artifact
-        for parent in artifact.manifest.parents.values():
-            if parent.kind not in OUTSIDE:
-                pending.append(read_artifact(Path(parent.path)))
-    return found
 
 
 def verify_artifact(artifact: Artifact) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +19,6 @@ from grace_core.artifacts import (
     MANIFEST,
     Artifact,
     Parent,
-    ancestry,
     digest_folder,
     environment,
     find_artifact,
@@ -201,23 +199,6 @@ def test_the_fingerprint_depends_on_everything_that_decides_the_result(
     assert fingerprint("w4", {"a": 1}, {"data": moved}) in keys
     monkeypatch.setattr(grace_core, "__version__", "99.0")
     assert fingerprint("w4", {"a": 1}, {"data": parent}) not in keys
-
-
-def test_ancestry_walks_back_to_the_data(tmp_path: Path) -> None:
-    world = make(tmp_path / "world", "world")
-    outside = Parent(kind="checkpoint", path="/nowhere", digest="x")
-    data = make(tmp_path / "data", "data", parents={"world": world.as_parent()})
-    bf16 = make(tmp_path / "bf16", "bf16", parents={"data": data.as_parent(), "student": outside})
-    w4 = make(
-        tmp_path / "w4", "w4", parents={"student": bf16.as_parent(), "data": data.as_parent()}
-    )
-    found = ancestry([w4])
-    assert {stage: item.path for stage, item in found.items()} == {
-        stage: tmp_path / stage for stage in ("w4", "bf16", "data", "world")
-    }
-    shutil.rmtree(world.path)
-    with pytest.raises(GraceError, match="run the stage that makes it"):
-        ancestry([w4])
 
 
 def test_the_environment_names_absent_packages(monkeypatch: pytest.MonkeyPatch) -> None:

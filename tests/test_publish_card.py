@@ -11,7 +11,6 @@ from huggingface_hub import ModelCard
 
 from grace_core.errors import GraceError
 from grace_core.export.card import (
-    Lineage,
     Precision,
     Quantization,
     Release,
@@ -19,6 +18,8 @@ from grace_core.export.card import (
     model_card,
     release_manifest,
 )
+from grace_core.lineage.graph import Edge, Lineage, Node
+from grace_core.lineage.published import PublishedManifest
 from tests.test_evaluation_score import BENCHMARKS, PUBLISHED, published_table
 
 OWNER = "grace-lab"
@@ -44,19 +45,19 @@ def release(precision: Precision, dataset: str = "Lin-Chen/ShareGPT4V") -> Relea
         zoo=[ZooEntry(name, STUDENT, key, f"the {key} release") for key, name in NAMES.items()],
         training={"Optimizer steps": 1000, "Learning rate": 1e-5, "ZeRO stage": "2 | 3"},
         files=["model.safetensors", "config.json"],
-        lineage=Lineage(
-            data="ShareGPT4V",
-            data_digest="d" * 64,
-            records={"used": 101_000, "quarantined": 1_025},
-            teacher=TEACHER,
-            teacher_digest="t" * 64,
-            parent="the student's checkpoint",
-            parent_digest="p" * 64,
-            config_digest="c" * 64,
-            code={"version": "1.0", "commit": "abc"},
-        ),
+        lineage=lineage_of_release(f"release-{precision}"),
         quantization=Quantization(bits[precision], 128, 196) if quantized else None,
     )
+
+
+def lineage_of_release(stage: str) -> Lineage:
+    counts = {"used": 101_000.0, "quarantined": 1_025.0}
+    data = Node(stage="data", digest="d" * 64, name="data", present=True, metrics=counts)
+    teacher = Node(stage="checkpoint", digest="e" * 64, name=TEACHER, present=True)
+    model = Node(stage=stage, digest="f" * 64, name="Toy", present=True)
+    edges = [Edge(child=model.id, role="data", parent=data.id)]
+    edges += [Edge(child=model.id, role="teacher", parent=teacher.id)]
+    return Lineage(models=(model.id,), nodes=(data, teacher, model), edges=tuple(edges))
 
 
 def card_of(precision: Precision, dataset: str = "Lin-Chen/ShareGPT4V") -> str:
@@ -117,7 +118,12 @@ def test_every_section_is_there() -> None:
     ]
     assert "Quantization details" not in card_of("bf16")
     assert "codes from -8 to 7" in text and "codes from -128 to 127" in card_of("w8")
-    assert "`model.safetensors`" in text and "101,000 used, 1,025 quarantined" in text
+    assert "`model.safetensors`" in text
+    tree = text.split("```text\n")[1].split("```")[0].splitlines()
+    assert tree[0].split() == ["release-w4", "Toy", "f" * 12]
+    assert tree[1].endswith(f"data {'d' * 12}  101,000 used, 1,025 quarantined")
+    assert tree[2].endswith(f"teacher: checkpoint {TEACHER} {'e' * 12}")
+    assert "](lineage.svg)" in text
     assert "2 \\| 3" in text, "a bar inside a value would break the table"
 
 
@@ -136,12 +142,8 @@ def test_data_that_is_not_for_commerce_is_pointed_out() -> None:
 
 def test_the_manifest_holds_the_lineage() -> None:
     manifest = json.loads(release_manifest(release("w4"), scores={"A": 1.5, "B": None}))
-    assert manifest["lineage"]["data"] == {
-        "name": "ShareGPT4V",
-        "digest": "d" * 64,
-        "counts": {"used": 101_000, "quarantined": 1_025},
-    }
-    assert manifest["lineage"]["parent"]["digest"] == "p" * 64
+    assert manifest["format"] == 2
+    assert PublishedManifest.model_validate(manifest).lineage == lineage_of_release("release-w4")
     assert manifest["quantization"] == {"bits": 4, "group_size": 128, "layers": 196}
     assert manifest["scores"] == {"A": 1.5, "B": None}
 

@@ -15,6 +15,8 @@ from grace_core.publish.directory import publish_to_directory
 
 CARD = "# card\n"
 MANIFEST = '{"format": 1}\n'
+PICTURE = "<svg/>\n"
+DOCUMENTS = {"README.md": CARD, "grace_manifest.json": MANIFEST, "lineage.svg": PICTURE}
 
 
 @pytest.fixture
@@ -31,10 +33,10 @@ def names(folder: Path) -> set[str]:
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
-def test_a_release_is_copied_with_card_and_manifest(release: Path, tmp_path: Path) -> None:
+def test_a_release_is_copied_with_its_documents(release: Path, tmp_path: Path) -> None:
     target = tmp_path / "releases" / "Toy-BF16"
-    published = publish_to_directory(release, CARD, MANIFEST, target)
-    assert names(target) == names(release) | {"README.md", "grace_manifest.json"}
+    published = publish_to_directory(release, DOCUMENTS, target)
+    assert names(target) == names(release) | DOCUMENTS.keys()
     assert (target / "model.safetensors").read_bytes() == b"weights"
     assert (target / "README.md").read_text() == CARD
     assert (published.location, published.revision) == (str(target), digest_folder(target))
@@ -43,11 +45,11 @@ def test_a_release_is_copied_with_card_and_manifest(release: Path, tmp_path: Pat
 
 def test_a_new_release_takes_the_place_of_the_old(release: Path, tmp_path: Path) -> None:
     target = tmp_path / "releases" / "Toy-BF16"
-    first = publish_to_directory(release, CARD, MANIFEST, target)
-    assert publish_to_directory(release, CARD, MANIFEST, target) == first
+    first = publish_to_directory(release, DOCUMENTS, target)
+    assert publish_to_directory(release, DOCUMENTS, target) == first
     (release / "sub" / "more.json").unlink()
     (release / "model.safetensors").write_bytes(b"better")
-    second = publish_to_directory(release, CARD, MANIFEST, target)
+    second = publish_to_directory(release, DOCUMENTS, target)
     assert second.revision != first.revision
     assert (target / "model.safetensors").read_bytes() == b"better"
     assert "sub/more.json" not in names(target)
@@ -59,7 +61,7 @@ def test_a_failure_leaves_the_old_release(
     release: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "releases" / "Toy-BF16"
-    old = publish_to_directory(release, CARD, MANIFEST, target)
+    old = publish_to_directory(release, DOCUMENTS, target)
     (release / "model.safetensors").write_bytes(b"better")
     copy, replace = shutil.copyfile, os.replace
     renames = 0
@@ -82,20 +84,20 @@ def test_a_failure_leaves_the_old_release(
         patched.setattr(directory.shutil, "copyfile", bad_copy)
         patched.setattr(directory.os, "replace", bad_replace)
         with pytest.raises((OSError, GraceError), match=r"disk full|differs|no permission"):
-            publish_to_directory(release, CARD, MANIFEST, target)
+            publish_to_directory(release, DOCUMENTS, target)
     assert digest_folder(target) == old.revision
     assert os.listdir(target.parent) == ["Toy-BF16"]
 
 
 def test_a_switch_cut_short_is_undone_by_the_next_run(release: Path, tmp_path: Path) -> None:
     target = tmp_path / "releases" / "Toy-BF16"
-    old = publish_to_directory(release, CARD, MANIFEST, target)
+    old = publish_to_directory(release, DOCUMENTS, target)
     os.replace(target, target.with_name(".Toy-BF16.previous"))  # killed between the renames
     (release / "config.json").unlink()
     with pytest.raises(GraceError, match=r"config\.json is missing"):
-        publish_to_directory(release, CARD, MANIFEST, target)
+        publish_to_directory(release, DOCUMENTS, target)
     (release / "config.json").write_text("{}")
-    assert publish_to_directory(release, CARD, MANIFEST, target) == old
+    assert publish_to_directory(release, DOCUMENTS, target) == old
     assert os.listdir(target.parent) == ["Toy-BF16"]
 
 
@@ -104,7 +106,7 @@ def test_someone_elses_folder_is_not_overwritten(release: Path, tmp_path: Path) 
     target.mkdir()
     (target / "thesis.tex").write_text("years of work")
     with pytest.raises(GraceError, match="no earlier release"):
-        publish_to_directory(release, CARD, MANIFEST, target)
+        publish_to_directory(release, DOCUMENTS, target)
     assert names(target) == {"thesis.tex"}
 
 
@@ -112,7 +114,7 @@ def test_someone_elses_folder_is_not_overwritten(release: Path, tmp_path: Path) 
 def test_release_and_destination_must_be_apart(release: Path, place: str) -> None:
     target = {"inside": release / "out", "around": release.parent, "same": release}[place]
     with pytest.raises(GraceError, match="inside each other"):
-        publish_to_directory(release, CARD, MANIFEST, target)
+        publish_to_directory(release, DOCUMENTS, target)
     assert names(release) == {"config.json", "model.safetensors", "sub/more.json"}
 
 
@@ -122,9 +124,9 @@ def test_what_is_no_release_is_refused_with_all_reasons(release: Path, tmp_path:
     (release / "README.md").write_text("old")
     (release / "link").symlink_to("/etc/hostname")
     with pytest.raises(GraceError) as caught:
-        publish_to_directory(release, CARD, MANIFEST, tmp_path / "out")
+        publish_to_directory(release, DOCUMENTS, tmp_path / "out")
     for reason in ("config.json is missing", "pickle", "safetensors weights", "README.md", "link"):
         assert reason in str(caught.value)
     assert not (tmp_path / "out").exists()
     with pytest.raises(GraceError, match="no directory"):
-        publish_to_directory(tmp_path / "nothing", CARD, MANIFEST, tmp_path / "out")
+        publish_to_directory(tmp_path / "nothing", DOCUMENTS, tmp_path / "out")

@@ -18,6 +18,7 @@ from tests.hub_server import Blob, Hub, Repository, running_hub
 TOKEN = "hf_NeverToBeSeenAnywhere"
 CARD = "---\nlicense: apache-2.0\n---\n\n# A card\n"
 MANIFEST = json.dumps({"format": 1}) + "\n"
+PICTURE = "<svg/>\n"
 
 
 @pytest.fixture
@@ -44,8 +45,7 @@ def publish(hub: Hub, release: Path, token: str | None = TOKEN, **changes: objec
     settings = {"namespace": "grace", "name": "Toy-BF16", "private": True, **changes}
     return publish_to_hub(
         release,
-        CARD,
-        MANIFEST,
+        {"README.md": CARD, "grace_manifest.json": MANIFEST, "lineage.svg": PICTURE},
         endpoint=hub.endpoint,
         token=token,
         **settings,  # type: ignore[arg-type]
@@ -74,6 +74,7 @@ def test_what_is_downloaded_is_what_was_published(hub: Hub, release: Path, tmp_p
     assert found == contents(release) | {
         "README.md": CARD.encode(),
         "grace_manifest.json": MANIFEST.encode(),
+        "lineage.svg": PICTURE.encode(),
     }
     # The weights went the way of large files, the rest inside the commit.
     assert repository.commits[-1][1]["model.safetensors"].large

@@ -2,7 +2,7 @@
 
 The card is the `README.md` of the repository: metadata that the Hub reads (base model and relation,
 data set, licence, results) above text for people. `grace_manifest.json` holds the lineage for
-machines. Both are made from the same facts.
+machines, `lineage.svg` shows it. All are made from the same facts.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from typing import Literal
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from grace_core.errors import GraceError
+from grace_core.lineage.graph import Lineage
+from grace_core.lineage.text import plain_tree
 
 Precision = Literal["bf16", "w8", "w4"]
 
@@ -59,26 +61,6 @@ class Quantization:
 
 
 @dataclass(frozen=True)
-class Lineage:
-    """Where a release comes from; digests are SHA-256."""
-
-    data: str
-    data_digest: str
-    records: Mapping[str, int]
-    """Counts such as records, used and quarantined."""
-
-    teacher: str
-    teacher_digest: str
-    parent: str
-    """The checkpoint that training started from."""
-
-    parent_digest: str
-    config_digest: str
-    code: Mapping[str, str]
-    """Version and, from a checkout, commit of this package."""
-
-
-@dataclass(frozen=True)
 class Release:
     """Everything a card says about a release, except its scores."""
 
@@ -99,6 +81,8 @@ class Release:
 
     files: Sequence[str]
     lineage: Lineage
+    """Its published form, with this release as the one model asked for."""
+
     quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
@@ -139,9 +123,8 @@ def model_card(
 
 def release_manifest(release: Release, *, scores: Mapping[str, float | None]) -> str:
     """Content of `grace_manifest.json`: the card's facts as JSON."""
-    lineage = release.lineage
     manifest = {
-        "format": 1,
+        "format": 2,
         "repository": release.repository,
         "precision": release.precision,
         "base_model": release.base_model,
@@ -156,17 +139,7 @@ def release_manifest(release: Release, *, scores: Mapping[str, float | None]) ->
             "group_size": release.quantization.group_size,
             "layers": release.quantization.layers,
         },
-        "lineage": {
-            "data": {
-                "name": lineage.data,
-                "digest": lineage.data_digest,
-                "counts": dict(lineage.records),
-            },
-            "teacher": {"name": lineage.teacher, "digest": lineage.teacher_digest},
-            "parent": {"name": lineage.parent, "digest": lineage.parent_digest},
-            "config_digest": lineage.config_digest,
-            "code": dict(lineage.code),
-        },
+        "lineage": release.lineage.model_dump(mode="json"),
     }
     return json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
 
@@ -329,18 +302,13 @@ def _licence(release: Release) -> str:
 
 
 def _lineage(lineage: Lineage) -> str:
-    counts = ", ".join(f"{count:,} {what}" for what, count in lineage.records.items())
-    rows = {
-        "Data": f"{lineage.data} ({counts})",
-        "Data digest": f"`{lineage.data_digest}`",
-        "Teacher": f"{lineage.teacher}, `{lineage.teacher_digest}`",
-        "Started from": f"{lineage.parent}, `{lineage.parent_digest}`",
-        "Configuration digest": f"`{lineage.config_digest}`",
-        "Code": ", ".join(f"{what} {value}" for what, value in lineage.code.items()),
-    }
+    (model,) = lineage.models
+    tree = plain_tree(lineage, model, "whole in grace_manifest.json")
     return (
-        "## Lineage\n\nThe same facts for machines are in `grace_manifest.json`.\n\n"
-        f"{_two_columns(rows)}"
+        "## Lineage\n\nEach thing stands above what it was made from, with the first digits of its "
+        "SHA-256. `grace_manifest.json` holds all of it for machines, with the whole "
+        "configuration, and `grace reproduce` takes it from there.\n\n"
+        f"```text\n{tree}```\n\n![What this model was made from](lineage.svg)"
     )
 
 

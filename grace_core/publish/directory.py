@@ -6,14 +6,16 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from grace_core.artifacts import digest_folder
 from grace_core.errors import GraceError
+from grace_core.lineage.published import RELEASE_MANIFEST
 
 CARD = "README.md"
-RELEASE_MANIFEST = "grace_manifest.json"
+PICTURE = "lineage.svg"
 _PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
 
 
@@ -29,9 +31,11 @@ class Published:
 
 
 def publish_to_directory(
-    release_folder: Path, card: str, manifest_json: str, destination: Path
+    release_folder: Path, documents: Mapping[str, str], destination: Path
 ) -> Published:
-    """Copy a release to `destination` with its card and manifest.
+    """Copy a release to `destination` with its documents.
+
+    documents: text by file name, of CARD, RELEASE_MANIFEST and PICTURE.
 
     The copy is built beside the destination and compared with the source by SHA-256; only then
     does it take the destination's name. What was published there before stays until that moment,
@@ -40,7 +44,7 @@ def publish_to_directory(
     Raises GraceError when the release is not fit to publish, when the destination holds something
     other than an earlier release, or when the copy differs from the source.
     """
-    source_files = release_files(release_folder, manifest_json)
+    source_files = release_files(release_folder, documents)
     destination = destination.absolute()
     inside = (destination.resolve(), release_folder.resolve())
     if inside[0].is_relative_to(inside[1]) or inside[1].is_relative_to(inside[0]):
@@ -67,8 +71,8 @@ def publish_to_directory(
                 f"the copy of {release_folder} differs from it; check the disk of {destination} "
                 "and that nothing writes into the release, then publish again"
             )
-        (partial / CARD).write_text(card, encoding="utf-8")
-        (partial / RELEASE_MANIFEST).write_text(manifest_json, encoding="utf-8")
+        for name, text in documents.items():
+            (partial / name).write_text(text, encoding="utf-8")
         digest = digest_folder(partial)
         _switch(partial, destination, previous)
     finally:
@@ -76,13 +80,14 @@ def publish_to_directory(
     return Published(str(destination), digest)
 
 
-def release_files(release_folder: Path, manifest_json: str) -> dict[str, Path]:
+def release_files(release_folder: Path, documents: Mapping[str, str]) -> dict[str, Path]:
     """Files of a release by their name in the repository ("a/b.json"), checked to be publishable.
 
     Raises GraceError for a folder that is no checkpoint, or that holds links, pickles or names
-    that the card and the manifest need.
+    that the documents need.
     """
-    json.loads(manifest_json)  # made by this package: anything else is a bug
+    assert documents.keys() == {CARD, RELEASE_MANIFEST, PICTURE}
+    json.loads(documents[RELEASE_MANIFEST])  # made by this package: anything else is a bug
     if not release_folder.is_dir():
         raise GraceError(f"{release_folder} is no directory; run the release stage first")
     problems = []
@@ -95,7 +100,7 @@ def release_files(release_folder: Path, manifest_json: str) -> dict[str, Path]:
             files[name] = path
             if path.suffix in _PICKLES:
                 problems.append(f"{name} may be a pickle; releases hold safetensors only")
-            if name in (CARD, RELEASE_MANIFEST):
+            if name in documents:
                 problems.append(f"{name} is written when publishing; remove it")
     if "config.json" not in files:
         problems.append("config.json is missing: not a Hugging Face checkpoint")

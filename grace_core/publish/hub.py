@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
 from grace_core.errors import GraceError
-from grace_core.publish.directory import CARD, RELEASE_MANIFEST, Published, release_files
+from grace_core.publish.directory import Published, release_files
 
 _KEPT = frozenset({".gitattributes"})
 """Files the Hub writes itself."""
@@ -22,8 +22,7 @@ _KEPT = frozenset({".gitattributes"})
 
 def publish_to_hub(
     release_folder: Path,
-    card: str,
-    manifest_json: str,
+    documents: Mapping[str, str],
     *,
     namespace: str,
     name: str,
@@ -38,6 +37,7 @@ def publish_to_hub(
     server lists for that commit.
 
     Args:
+        documents: text by file name, of CARD, RELEASE_MANIFEST and PICTURE.
         private: visibility of a repository that is made now. One that exists must not be public
             when this is true.
         endpoint: base address of the Hub's API.
@@ -52,9 +52,8 @@ def publish_to_hub(
             "no token for the Hugging Face Hub; export HF_TOKEN (a token with the right to write "
             f"to {namespace})"
         )
-    files: dict[str, Path | bytes] = dict(release_files(release_folder, manifest_json))
-    files[CARD] = card.encode("utf-8")
-    files[RELEASE_MANIFEST] = manifest_json.encode("utf-8")
+    files: dict[str, Path | bytes] = dict(release_files(release_folder, documents))
+    files |= {name: text.encode("utf-8") for name, text in documents.items()}
     repository = f"{namespace}/{name}"
     api = HfApi(endpoint=endpoint, token=token, library_name="grace-pipeline")
     with _explained(repository, endpoint, token):

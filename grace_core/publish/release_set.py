@@ -7,18 +7,22 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from grace_core.artifacts import Artifact, Parent, ancestry, read_artifact
+from grace_core.artifacts import Artifact
 from grace_core.config.model import BITS, GraceConfig, HubDestination, TrainingStage
+from grace_core.config.names import repository_name
 from grace_core.evaluation.table import Label, ResultRow, ResultsTable, results_table
 from grace_core.export.card import (
-    Lineage,
     Quantization,
     Release,
     ZooEntry,
     model_card,
     release_manifest,
 )
-from grace_core.publish.directory import Published, publish_to_directory
+from grace_core.lineage.collect import graph_of, lineage_of
+from grace_core.lineage.graph import Lineage
+from grace_core.lineage.picture import picture
+from grace_core.lineage.published import RELEASE_MANIFEST, published_form
+from grace_core.publish.directory import CARD, PICTURE, Published, publish_to_directory
 from grace_core.publish.hub import publish_to_hub
 
 ROWS: tuple[Label, ...] = ("teacher", "baseline", "bf16", "w8", "w4")
@@ -36,23 +40,33 @@ def publish_releases(
     `releases.json` (location and revision of each release).
     """
     table = table_of(evaluations)
-    cards = {label: _release(config, label, releases[label], list(releases)) for label in releases}
+    cards = {
+        label: _release(config, label, release, evaluations[label], list(releases))
+        for label, release in releases.items()
+    }
     published = {}
     if config.publish.enabled:
         for label, release in cards.items():
             scores = next(row.scores for row in table.rows if row.label == label)
-            card = model_card(release, scores=scores, results_markdown=table.to_markdown())
-            manifest = release_manifest(release, scores=scores)
+            documents = {
+                CARD: model_card(release, scores=scores, results_markdown=table.to_markdown()),
+                RELEASE_MANIFEST: release_manifest(release, scores=scores),
+                PICTURE: picture(release.lineage),
+            }
             folder = releases[label].path / "model"
-            published[label] = _send(config, release.repository, folder, card, manifest)
-    stages = ancestry([*releases.values(), *evaluations.values()])
+            published[label] = _send(config, release.repository, folder, documents)
+    made = graph_of([*releases.values(), *evaluations.values()], ()).nodes
     results = {
         **table.to_dict(),
         "releases": {
             label: published[label].location if published else str(release.path / "model")
             for label, release in releases.items()
         },
-        "seconds": {stage: item.manifest.seconds for stage, item in sorted(stages.items())},
+        "seconds": {
+            node.stage: node.seconds
+            for node in sorted(made, key=lambda node: node.stage)
+            if node.seconds is not None
+        },
     }
     _write_json(out / "results.json", results)
     _write_json(out / "releases.json", {name: vars(place) for name, place in published.items()})
@@ -72,14 +86,6 @@ def table_of(evaluations: Mapping[str, Artifact]) -> ResultsTable:
     return results_table(rows)
 
 
-def repository_name(config: GraceConfig, label: str) -> str:
-    """`<name>-BF16`, `<name>-W4G128`; with the owner in front where it goes to the Hub."""
-    suffix = "BF16" if label == "bf16" else f"{label.upper()}G{config.quantize.group_size}"
-    name = f"{config.publish.name}-{suffix}"
-    destination = config.publish.destination
-    return f"{destination.namespace}/{name}" if isinstance(destination, HubDestination) else name
-
-
 def destination_of(config: GraceConfig, label: str) -> str:
     """Where a release is to go, for people."""
     name, destination = repository_name(config, label), config.publish.destination
@@ -90,26 +96,24 @@ def destination_of(config: GraceConfig, label: str) -> str:
 
 
 def _send(
-    config: GraceConfig, repository: str, folder: Path, card: str, manifest: str
+    config: GraceConfig, repository: str, folder: Path, documents: Mapping[str, str]
 ) -> Published:
     destination = config.publish.destination
     if isinstance(destination, HubDestination):
         return publish_to_hub(
             folder,
-            card,
-            manifest,
+            documents,
             namespace=destination.namespace,
             name=repository.split("/")[1],
             private=destination.private,
             endpoint=destination.endpoint,
         )
-    return publish_to_directory(
-        folder, card, manifest, config.run_dir / destination.path / repository
-    )
+    return publish_to_directory(folder, documents, config.run_dir / destination.path / repository)
 
 
-def _release(config: GraceConfig, label: str, release: Artifact, labels: list[str]) -> Release:
-    model = read_artifact(Path(release.manifest.parents["model"].path))
+def _release(
+    config: GraceConfig, label: str, release: Artifact, evaluation: Artifact, labels: list[str]
+) -> Release:
     precision = _precision(label)
     section: TrainingStage = config.distill if label == "bf16" else config.quantize
     bf16 = repository_name(config, "bf16")
@@ -124,8 +128,8 @@ def _release(config: GraceConfig, label: str, release: Artifact, labels: list[st
         licence=config.publish.licence,
         zoo=[_zoo_entry(config, name) for name in labels],
         training=_settings(section),
-        files=sorted(file.name for file in (release.path / "model").iterdir()),
-        lineage=_lineage(config, model),
+        files=sorted([*(file.name for file in (release.path / "model").iterdir()), PICTURE]),
+        lineage=_lineage(config, release, evaluation),
         quantization=None
         if precision == "bf16"
         else Quantization(
@@ -171,24 +175,20 @@ def _settings(section: TrainingStage) -> dict[str, str | int | float]:
     return settings
 
 
-def _lineage(config: GraceConfig, model: Artifact) -> Lineage:
-    parents = model.manifest.parents
-    data = read_artifact(Path(parents["data"].path))
-    nothing = Parent(kind="none", path="none", digest="none")
-    counts = ("records", "used", "quarantined", "tokens")
-    return Lineage(
-        data=config.publish.dataset,
-        data_digest=data.digest,
-        records={name: int(data.manifest.metrics[name]) for name in counts},
-        teacher=config.publish.teacher_model,
-        teacher_digest=parents.get("teacher", nothing).digest,
-        parent=config.publish.base_model
-        if model.manifest.stage == "bf16"
-        else repository_name(config, "bf16"),
-        parent_digest=parents["student"].digest,
-        config_digest=model.manifest.config_digest,
-        code=model.manifest.code,
-    )
+def _lineage(config: GraceConfig, release: Artifact, evaluation: Artifact) -> Lineage:
+    """What goes out with a release of where it came from, named as the card names things."""
+    lineage = lineage_of([release], [release, evaluation])
+    names = {}
+    for edge in lineage.edges:
+        parent = lineage.node(edge.parent)
+        if parent.stage in ("checkpoint", "tokenizer"):
+            of_teacher = edge.role in ("teacher", "start")
+            names[parent.digest] = (
+                config.publish.teacher_model if of_teacher else config.publish.base_model
+            )
+        elif parent.stage == "annotations":
+            names[parent.digest] = config.publish.dataset
+    return published_form(lineage, names)
 
 
 def _write_json(file: Path, value: object) -> None:
