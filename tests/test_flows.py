@@ -110,9 +110,9 @@ def test_the_whole_chain_then_only_what_changed(
     assert stages.made == []
     assert again == published.model_copy(update={"reused": True})
     states = task_states(newest_flow_run().id)
-    shown = set(ALL_STAGES) - {"benchmarks"} | {"results"}
+    shown = set(ALL_STAGES) - {"benchmarks"} | {"examine", "results"}
     assert states.keys() == shown
-    assert {name for name, state in states.items() if state != "Cached"} == {"results"}
+    assert {name for name, state in states.items() if state != "Cached"} == {"examine", "results"}
 
     stages.made.clear()
     grace("configs/toy.yaml", [*overrides, "quantize.training.steps=51"])
@@ -156,7 +156,7 @@ def test_one_parent_run_holds_its_stages_and_their_ancestry(
     with get_client(sync_client=True) as prefect:
         answer = prefect._client.post("/artifacts/filter", json={"limit": 200})
     shown = {item["key"] for item in answer.json() if item["flow_run_id"] == str(flow_run.id)}
-    assert {"results", "ancestry"} <= shown
+    assert {"results", "ancestry", "doctor"} <= shown
 
 
 def test_a_wrong_setting_stops_before_any_work(
