@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from grace_core.doctor.findings import Finding, information, ok, problem, unchecked, warning
 from operations.servers import SECONDS, away, shown_address
@@ -104,9 +104,12 @@ def _server(address: str) -> Iterator[Finding]:
 
 def _version(shown: str, theirs: str | None) -> Iterator[Finding]:
     ours = metadata.version("mlflow")
-    if theirs is None:
+    try:
+        release = Version(theirs or "").release
+    except InvalidVersion:
         yield unchecked(AREA, f"{shown} tells no version", "check that it is an MLflow server")
-    elif Version(theirs).release[:2] != Version(ours).release[:2]:
+        return
+    if release[:2] != Version(ours).release[:2]:
         yield warning(
             AREA,
             f"{shown} is MLflow {theirs}, this is {ours}",

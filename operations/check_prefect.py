@@ -54,15 +54,23 @@ def check_prefect() -> Iterator[Finding]:
         elif status >= 500:
             yield away(AREA, f"{shown} answers {status}", "look at the server's log")
         else:
-            yield unchecked(
-                AREA, f"{shown} answers {status}", "check that it is the address of a Prefect API"
-            )
+            yield _no_api(shown, str(status))
+    except ValueError as error:  # JSON or schema
+        yield _no_api(shown, type(error).__name__)
     except httpx.TransportError as error:
         yield away(
             AREA,
             f"{shown} does not answer ({type(error).__name__})",
             "start the server (`make ui` for a local one), or mend PREFECT_API_URL",
         )
+
+
+def _no_api(shown: str, why: str) -> Finding:
+    return problem(
+        AREA,
+        f"{shown} does not answer as a Prefect API ({why})",
+        "mend PREFECT_API_URL, which ends in /api, or install the server's version",
+    )
 
 
 def _server(shown: str, client: SyncPrefectClient) -> Iterator[Finding]:

@@ -126,6 +126,11 @@ def test_a_driver_that_does_not_answer_is_reported(tools: Callable[[str, str], N
     one(about_machine("launch.device=cuda"), Severity.UNCHECKED, "version mismatch")
 
 
+def test_a_gpu_that_tells_no_memory_is_reported(tools: Callable[[str, str], None]) -> None:
+    tools("nvidia-smi", "echo '0, GPU-1, NVIDIA GB10, [N/A], [N/A], 12.1'")
+    one(about_machine("launch.device=cuda"), Severity.UNCHECKED, "NVIDIA GB10, [N/A]")
+
+
 def test_a_driver_without_its_tool_is_reported(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

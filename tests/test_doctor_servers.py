@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import mlflow
@@ -97,6 +98,36 @@ def test_an_mlflow_server_tells_its_version(services: Services) -> None:
     one(about_mlflow(services.mlflow), Severity.OK, f"answers, MLflow {mlflow.__version__}")
     # Something that answers, and is no MLflow.
     one(about_mlflow(f"{services.prefect}/nothing"), Severity.UNCHECKED, "tells no version")
+
+
+class Page(BaseHTTPRequestHandler):
+    """Answers everything, and means nothing by it."""
+
+    def do_GET(self) -> None:
+        self.send_response(200 if "version" in self.path else 404)
+        self.end_headers()
+        self.wfile.write(b"<html>Welcome</html>")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_an_address_of_something_else_is_a_problem() -> None:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Page)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        with prefect_at(f"http://127.0.0.1:{server.server_port}"):
+            one(check_prefect(), Severity.PROBLEM, "as a Prefect API (JSONDecodeError)")
+        one(
+            about_mlflow(f"http://127.0.0.1:{server.server_port}"),
+            Severity.UNCHECKED,
+            "tells no version",
+        )
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 @pytest.mark.slow
@@ -197,4 +228,4 @@ def test_a_server_that_is_away_is_waited_for(
             data("configs/toy.yaml", [f"run_dir={tmp_path}/run"])
     assert len(attempts) == 4
     assert stages.made == []
-    assert os.path.lexists(tmp_path / "run") is False
+    assert not list(tmp_path.glob("run/artifacts/*"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -34,12 +35,12 @@ def picture_misfits(config: GraceConfig, student: Checkpoint) -> Iterator[Findin
 
 
 def missing_data(config: GraceConfig) -> Iterator[Finding]:
-    """Data root and annotation files that are not here."""
+    """Data root and annotation files that are not here, or that this user may not read."""
     source = config.data.source
     if not isinstance(source, ShareGPT4VData):
         return
     root, files = _places(source)
-    missing = [str(path) for path in (root, *files) if not path.exists()]
+    missing = [str(path) for path in (root, *files) if not os.path.exists(path)]
     if missing:
         shown = missing[0] if not root.exists() else ", ".join(missing)
         yield problem(
@@ -47,6 +48,9 @@ def missing_data(config: GraceConfig) -> Iterator[Finding]:
             f"data.source: not on this machine: {shown}",
             "set data.source.root or GRACE_DATA_ROOT",
         )
+    closed = [str(p) for p in (root, *files) if os.path.exists(p) and not os.access(p, os.R_OK)]
+    if closed:
+        yield problem(AREA, f"data.source: not readable: {', '.join(closed)}", "mend their rights")
 
 
 def unfitting_pictures(config: GraceConfig, student: Checkpoint) -> Iterator[Finding]:

@@ -54,9 +54,12 @@ def visible_gpus() -> list[Gpu]:
     lines = _ask(tool, f"--query-gpu={_FIELDS}")
     programs = _ask(tool, "--query-compute-apps=gpu_uuid,pid,process_name")
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return [
-        _gpu(cells, programs) for cells in lines if chosen is None or _is_visible(cells, chosen)
-    ]
+    visible = [cells for cells in lines if chosen is None or _is_visible(cells, chosen)]
+    try:
+        return [_gpu(cells, programs) for cells in visible]
+    except (ValueError, IndexError) as error:  # "[N/A]" where a GPU tells no memory of its own
+        said = "; ".join(", ".join(cells) for cells in visible)
+        raise NotReported(f"nvidia-smi tells no numbers: {said}") from error
 
 
 def _ask(tool: str, question: str) -> list[list[str]]:
