@@ -56,8 +56,8 @@ def kubernetes(
     """Write a training's job file into run_dir, and print a Kubeflow TrainJob that runs it.
 
     The stages before it must be done. When the job has completed, `grace run` with the same
-    configuration finds its result on the storage and goes on. See docs/kubernetes.md; the manifest
-    is validated, but has not been run by the authors.
+    configuration finds its result on the storage and goes on. The manifest is validated against the
+    published schema; it has not been run on a cluster. See docs/kubernetes.md.
     """
     import yaml
 
