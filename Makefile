@@ -36,6 +36,10 @@ ui: setup ## Serve Prefect and MLflow, to browse what ran
 test: setup ## Run the tests (ARGS="-k name" for some); no network is used
 	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
 
+.PHONY: chaos
+chaos: setup ## Run the pipeline while things fail (root, for a small disk; ARGS="--seed 7"): 30 minutes
+	HF_HUB_OFFLINE=1 $(PY) -m tests.chaos $(ARGS)
+
 .PHONY: lint
 lint: setup ## Check style and types, as the pre-commit hooks and the CI do
 	$(PY) -m ruff check .

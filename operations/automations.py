@@ -23,8 +23,8 @@ NOTIFY = "grace: tell of runs that ended"
 HEARTBEAT_SECONDS = 30  # the least that Prefect allows; set in configs/work-pools
 # Four heartbeats: a run whose server was away for a minute is not taken for dead.
 ZOMBIE_AFTER = timedelta(seconds=4 * HEARTBEAT_SECONDS)
-# A flow's process imports its libraries first, from a network disk perhaps.
-STUCK_AFTER = timedelta(minutes=5)
+# A flow's process imports its libraries first (10 s from a local disk).
+STUCK_AFTER = timedelta(seconds=120)
 
 _FAILURES = ("Failed", "Crashed", "TimedOut")
 _ENDS = (*_FAILURES, "Completed", "Cancelled", NOTHING_NEW, REJECTED)
@@ -66,7 +66,7 @@ def zombie_automation() -> AutomationCore:
 
 def stuck_automation() -> AutomationCore:
     """Runs that a worker took and never started become Crashed, and free their queue."""
-    minutes = round(STUCK_AFTER.total_seconds() / 60)
+    seconds = round(STUCK_AFTER.total_seconds())
     return AutomationCore(
         name=STUCK,
         description="Made by `grace setup`. A worker that dies between taking a run and starting "
@@ -84,7 +84,7 @@ def stuck_automation() -> AutomationCore:
         actions=[
             ChangeFlowRunState(
                 state=StateType.CRASHED,
-                message=f"Taken by a worker and not started within {minutes} minutes: the worker "
+                message=f"Taken by a worker and not started within {seconds} s: the worker "
                 "died. Run it again.",
             )
         ],

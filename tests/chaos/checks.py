@@ -1,0 +1,103 @@
+"""What must hold after every attempt and after every round, whatever happened in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Metric, Run
+
+from grace_core.artifacts import MANIFEST, find_artifact, verify_artifact
+from grace_core.errors import GraceError
+from tests.chaos.view import TRAININGS, artifacts
+
+_CARD_FILES = {"README.md", "grace_manifest.json", "lineage.svg"}  # what publishing adds
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an undisturbed run leaves, to compare with."""
+
+    digests: dict[str, str]
+    """Content digest of each artifact that holds weights, by stage."""
+
+    published: dict[str, dict[str, bytes]]
+    """Weight files of each published model, by its name."""
+
+    losses: dict[str, list[tuple[int, float]]]
+    """Step and cross-entropy of each training, by stage, as MLflow has them."""
+
+
+def outcome(run_dir: Path, mlflow: str, flow_run_ids: list[str]) -> Outcome:
+    """Of a completed round, which took these flow runs."""
+    found = [artifact for folder in artifacts(run_dir) if (artifact := find_artifact(folder))]
+    return Outcome(
+        digests={
+            item.manifest.stage: item.digest
+            for item in found
+            if item.manifest.stage in TRAININGS or item.manifest.stage.startswith("release-")
+        },
+        published={
+            folder.name: {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
+            for folder in sorted((run_dir / "releases").glob("[!.]*"))
+        },
+        losses=_losses(mlflow, flow_run_ids),
+    )
+
+
+def half_written(run_dir: Path) -> Iterator[str]:
+    """Whatever bears a final name without being whole."""
+    for folder in artifacts(run_dir):
+        artifact = find_artifact(folder)
+        if artifact is None:
+            yield f"{folder.name} has no {MANIFEST}"
+            continue
+        try:
+            verify_artifact(artifact)
+        except GraceError as error:
+            yield str(error)
+    for folder in (run_dir / "releases").glob("[!.]*"):
+        missing = _CARD_FILES - {file.name for file in folder.iterdir()}
+        if missing or not list(folder.glob("*.safetensors")):
+            yield f"published {folder.name} lacks {sorted(missing) or 'its weights'}"
+
+
+def differences(reference: Outcome, found: Outcome) -> Iterator[str]:
+    """Where a round's outcome is not that of the undisturbed run, to the bit."""
+    for stage, digest in reference.digests.items():
+        if found.digests.get(stage) != digest:
+            yield f"{stage} is {found.digests.get(stage, 'absent')[:12]}, not {digest[:12]}"
+    for name, files in reference.published.items():
+        if found.published.get(name) != files:
+            yield f"the published weights of {name} differ"
+    for stage, losses in reference.losses.items():
+        if found.losses.get(stage) != losses:
+            yield f"metrics of {stage}: {found.losses.get(stage)}, not {losses}"
+
+
+def open_runs(mlflow: str, flow_run_ids: list[str]) -> Iterator[str]:
+    """MLflow runs that are still RUNNING although their flow runs are over."""
+    for run in _runs(MlflowClient(mlflow), flow_run_ids):
+        if run.info.status == "RUNNING":
+            yield f"MLflow run {run.data.tags.get('grace.stage')} is still RUNNING"
+
+
+def _runs(client: MlflowClient, flow_run_ids: list[str]) -> list[Run]:
+    experiment = client.get_experiment_by_name("chaos")
+    found = client.search_runs([experiment.experiment_id], max_results=5000)
+    return [run for run in found if run.data.tags.get("prefect.flow_run_id") in flow_run_ids]
+
+
+def _losses(mlflow: str, flow_run_ids: list[str]) -> dict[str, list[tuple[int, float]]]:
+    client = MlflowClient(mlflow)
+    losses = {}
+    for run in _runs(client, flow_run_ids):
+        stage = run.data.tags.get("grace.stage")
+        if stage in TRAININGS and run.info.status == "FINISHED":
+            history: list[Metric] = client.get_metric_history(
+                run.info.run_id, "train/cross_entropy"
+            )
+            losses[stage] = sorted((metric.step, metric.value) for metric in history)
+    return losses

@@ -1,0 +1,190 @@
+"""The faults, one function each, and how a flow run that they hit must end.
+
+A fault that finds nothing to hit (no rank runs yet) returns False and is tried again.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+import urllib.error
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+
+from tests.chaos.servers import Servers
+from tests.chaos.view import STAGES, TRAININGS, agents, flow_process, processes_of, ranks
+
+OUTAGE = 60.0  # seconds that a server does not answer
+_SPARE = 4 << 20  # bytes at most left on a full disk; a checkpoint has more than three times that
+
+
+@dataclass
+class Scene:
+    """Where a fault happens."""
+
+    servers: Servers
+    flow_run_id: str
+    run_dir: Path
+    chance: random.Random
+    later: list[tuple[float, Callable[[], None]]] = field(default_factory=list)
+    """What is to be done when (time.monotonic()), such as starting a server again."""
+
+    def after(self, seconds: float, action: Callable[[], None]) -> None:
+        self.later.append((time.monotonic() + seconds, action))
+
+    def processes(self) -> list[psutil.Process]:
+        return processes_of(self.flow_run_id)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One kind of fault."""
+
+    name: str
+    inject: Callable[[Scene], bool]
+    ends: str | None
+    """Type of the state that the flow run ends in; None where it must go on to the end."""
+
+    stages: tuple[str, ...] = STAGES
+    """Where it can happen."""
+
+    weight: int = 1
+    """How often it is chosen, against the others; those that cost minutes are rare."""
+
+
+def _kill_one(found: list[psutil.Process], scene: Scene, number: signal.Signals) -> bool:
+    if not found:
+        return False
+    with suppress(psutil.NoSuchProcess):
+        scene.chance.choice(found).send_signal(number)
+        return True
+    return False
+
+
+def _kill_rank(scene: Scene) -> bool:
+    return _kill_one(ranks(scene.processes()), scene, signal.SIGKILL)
+
+
+def _terminate_rank(scene: Scene) -> bool:
+    return _kill_one(ranks(scene.processes()), scene, signal.SIGTERM)
+
+
+def _kill_launcher(scene: Scene) -> bool:
+    return _kill_one(agents(scene.processes()), scene, signal.SIGKILL)
+
+
+def _signal_flow(scene: Scene, number: signal.Signals) -> bool:
+    found = flow_process(scene.processes())
+    return _kill_one([found] if found else [], scene, number)
+
+
+def _kill_flow(scene: Scene) -> bool:
+    return _signal_flow(scene, signal.SIGKILL)
+
+
+def _terminate_flow(scene: Scene) -> bool:
+    return _signal_flow(scene, signal.SIGTERM)
+
+
+def _cancel(scene: Scene) -> bool:
+    try:
+        scene.servers.api.cancel(scene.flow_run_id)
+    except urllib.error.URLError:  # the server is busy, or on its way back
+        return False
+    return True
+
+
+def _kill_worker(scene: Scene) -> bool:
+    worker = scene.servers.worker
+    worker.kill_alone()
+    scene.after(scene.chance.uniform(0.0, 5.0), worker.start)
+    return True
+
+
+def _kill_worker_and_flow(scene: Scene) -> bool:
+    """As when a machine dies: nobody is left to report it, only heartbeats stop."""
+    found = flow_process(scene.processes())
+    if found is None:
+        return False
+    scene.servers.worker.kill_alone()
+    with suppress(psutil.NoSuchProcess):
+        found.kill()
+    scene.after(scene.chance.uniform(0.0, 5.0), scene.servers.worker.start)
+    return True
+
+
+def _kill_prefect(scene: Scene) -> bool:
+    scene.servers.prefect.kill()
+    scene.after(scene.chance.uniform(0.0, 5.0), scene.servers.prefect.start)
+    return True
+
+
+def _kill_mlflow(scene: Scene) -> bool:
+    scene.servers.mlflow.kill()
+    scene.after(scene.chance.uniform(0.0, 5.0), scene.servers.mlflow.start)
+    return True
+
+
+def _lose_prefect(scene: Scene) -> bool:
+    scene.servers.prefect.pause()
+    scene.after(OUTAGE, scene.servers.prefect.resume)
+    return True
+
+
+def _lose_mlflow(scene: Scene) -> bool:
+    scene.servers.mlflow.pause()
+    scene.after(OUTAGE, scene.servers.mlflow.resume)
+    return True
+
+
+def _fill_disk(scene: Scene) -> bool:
+    """Take the space away while a training runs, so that its next checkpoint does not fit."""
+    if not ranks(scene.processes()):
+        return False
+    checkpoints = list((scene.run_dir / "work").glob("*/checkpoints/step-*/state.json"))
+    if not checkpoints:
+        return False
+    free = os.statvfs(scene.run_dir)
+    taken = free.f_bavail * free.f_frsize - scene.chance.randrange(_SPARE)
+    with ballast(scene.run_dir).open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, max(taken, 1))
+    return True
+
+
+def ballast(run_dir: Path) -> Path:
+    """The file that fills the disk; the operator who makes room removes it."""
+    return run_dir / "ballast"
+
+
+FAULTS: tuple[Fault, ...] = (
+    Fault("SIGKILL a rank", _kill_rank, "FAILED", TRAININGS, weight=3),
+    Fault("SIGTERM a rank", _terminate_rank, "FAILED", TRAININGS, weight=2),
+    Fault("SIGKILL the launcher", _kill_launcher, "FAILED", TRAININGS, weight=3),
+    Fault("disk full in a checkpoint", _fill_disk, "FAILED", TRAININGS, weight=3),
+    Fault("SIGKILL the flow", _kill_flow, "CRASHED", weight=4),
+    Fault("SIGTERM the flow", _terminate_flow, "CRASHED", weight=3),
+    Fault("cancel from the API", _cancel, "CANCELLED", weight=4),
+    Fault("SIGKILL worker and flow", _kill_worker_and_flow, "CRASHED", weight=1),
+    Fault("SIGKILL the worker", _kill_worker, None, weight=4),
+    Fault("SIGKILL Prefect", _kill_prefect, None, weight=4),
+    Fault("SIGKILL MLflow", _kill_mlflow, None, weight=4),
+    Fault("Prefect away for a minute", _lose_prefect, None, weight=1),
+    Fault("MLflow away for a minute", _lose_mlflow, None, weight=1),
+)
+
+
+def damage(file: Path, chance: random.Random) -> str:
+    """Cut a file short, or flip one of its bits; returns which, in words."""
+    content = bytearray(file.read_bytes())
+    if chance.random() < 0.5:
+        file.write_bytes(content[: chance.randrange(len(content))])
+        return f"truncated {file.name}"
+    content[chance.randrange(len(content))] ^= 1 << chance.randrange(8)
+    file.write_bytes(content)
+    return f"bit flipped in {file.name}"
