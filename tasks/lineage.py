@@ -1,9 +1,11 @@
 """What was made from what, in MLflow's own terms.
 
-Data sets are run inputs under our content digest. Models are external LoggedModels (weights stay
-where they are): output of the run that made them, input of every run that used them. So from any
-model one walks `source_run_id` -> the run's model and data set inputs -> their runs, and so on.
-What is an input of what comes from the artifact manifests, never from a second record.
+Models, as trained and as released, are external LoggedModels (weights stay where they are): output
+of the run that made them, input of every run that used them. All else (data, benchmarks, a
+tokenizer, the scores that a publication quotes) is a data set under our content digest. So from any
+model one walks `source_run_id` -> the run's model and data set inputs -> their runs, and so on;
+`operations.mlflow_lineage` does. What is an input of what comes from the artifact manifests, never
+from a second record; MLflow keeps no role of an input, so the run's tag `grace.input.<role>` does.
 """
 
 from __future__ import annotations
@@ -22,33 +24,43 @@ from mlflow.entities import (
     LoggedModelInput,
     LoggedModelOutput,
     Metric,
+    RunTag,
 )
 from mlflow.exceptions import MlflowException
 
 from grace_core.artifacts import Artifact, Parent
+from grace_core.lineage.collect import node_of, outside_name
+from operations.mlflow_names import (
+    DATASET_DIGITS,
+    DIGEST,
+    INPUT,
+    PUBLISHED,
+    PUBLISHED_REVISION,
+    STAGE,
+    is_model,
+)
 
-DATA_KINDS = ("world", "data", "benchmarks", "annotations")
-MODEL_STAGES = ("teacher", "bf16", "w8", "w4")
-_DIGEST_LENGTH = 32  # hex digits; MLflow takes 36 characters
 _SHOWN = 10  # characters of an id in the ancestry table
 CANDIDATE = "candidate"  # registry alias of the newest release; `champion` is for people to set
 
 
 def dataset(name: str, digest: str, path: str) -> Dataset:
     """A data set by our digest; MLflow's own digest would not see lists, structs and pictures."""
-    return Dataset(name, digest[:_DIGEST_LENGTH], "local", json.dumps({"uri": path}))
+    return Dataset(name, digest[:DATASET_DIGITS], "local", json.dumps({"uri": path}))
 
 
-def find_model(experiment_id: str, digest: str) -> LoggedModel | None:
-    """The LoggedModel of a content digest, as trained or as released; None where there is none."""
-    for tag in ("grace.digest", "grace.release_digest"):
-        found = MlflowClient().search_logged_models(
-            [experiment_id], filter_string=f"tags.`{tag}` = '{digest}'", max_results=1
-        )
-        if found:
-            model: LoggedModel = found[0]
-            return model
-    return None
+def find_model(experiment_id: str, stage: str, digest: str) -> LoggedModel | None:
+    """The LoggedModel of what a stage made; None where there is none.
+
+    stage: `checkpoint` for a model from outside. A BF16 student and its release may have the same
+    content and are two models.
+    """
+    found = MlflowClient().search_logged_models(
+        [experiment_id],
+        filter_string=f"tags.`{STAGE}` = '{stage}' and tags.`{DIGEST}` = '{digest}'",
+        max_results=1,
+    )
+    return found[0] if found else None
 
 
 def add_model(experiment_id: str, run_id: str, artifact: Artifact) -> str:
@@ -57,7 +69,7 @@ def add_model(experiment_id: str, run_id: str, artifact: Artifact) -> str:
     Done again after an outage, the record that is there stays the only one.
     """
     manifest = artifact.manifest
-    found = find_model(experiment_id, manifest.digest)
+    found = find_model(experiment_id, manifest.stage, manifest.digest)
     if found is not None and found.source_run_id == run_id:
         return str(found.model_id)
     model = mlflow.create_external_model(
@@ -66,8 +78,8 @@ def add_model(experiment_id: str, run_id: str, artifact: Artifact) -> str:
         model_type="grace",
         experiment_id=experiment_id,
         tags={
-            "grace.stage": manifest.stage,
-            "grace.digest": manifest.digest,
+            STAGE: manifest.stage,
+            DIGEST: manifest.digest,
             "grace.fingerprint": manifest.fingerprint,
             "grace.config_digest": manifest.config_digest,
             "grace.path": str(artifact.path.absolute()),
@@ -78,29 +90,31 @@ def add_model(experiment_id: str, run_id: str, artifact: Artifact) -> str:
 
 
 def link_inputs(experiment_id: str, run_id: str, artifact: Artifact) -> None:
-    """Record the data and models among `artifact`'s parents as inputs of the run that made it.
-
-    What is neither, such as a tokenizer or another model's scores, stays in the manifest.
-    """
-    datasets, models = [], []
+    """Record every parent of `artifact` as an input of the run that made it."""
+    datasets, models, tags = [], [], []
     for role, parent in artifact.manifest.parents.items():
-        if parent.kind in DATA_KINDS:
+        if is_model(parent.kind):
+            models.append(LoggedModelInput(_model_of(experiment_id, role, parent)))
+        else:
             tag = InputTag("mlflow.data.context", role)
             entry = dataset(parent.kind, parent.digest, parent.path)
             datasets.append(DatasetInput(entry, [tag]))
-        elif parent.kind in ("checkpoint", *MODEL_STAGES) or parent.kind.startswith("release-"):
-            models.append(LoggedModelInput(_model_of(experiment_id, role, parent)))
-    if datasets or models:
-        MlflowClient().log_inputs(run_id, datasets=datasets, models=models)
+        tags.append(RunTag(f"{INPUT}{role}", f"{parent.kind}:{parent.digest}"))
+    if tags:
+        client = MlflowClient()
+        client.log_inputs(run_id, datasets=datasets, models=models)
+        client.log_batch(run_id, tags=tags)
 
 
 def _model_of(experiment_id: str, role: str, parent: Parent) -> str:
     """Id of a parent's model; one that came from outside gets its record when first used."""
-    found = find_model(experiment_id, parent.digest)
+    found = find_model(experiment_id, parent.kind, parent.digest)
     if found is None:
-        tags = {"grace.digest": parent.digest, "grace.path": parent.path, "grace.role": role}
+        tags = {STAGE: parent.kind, DIGEST: parent.digest}
+        tags |= {"grace.path": parent.path, "grace.role": role}
         if parent.revision is not None:
-            tags |= {"hf.repo": parent.path, "hf.revision": parent.revision}
+            repository = outside_name(parent.kind, parent.path)
+            tags |= {"hf.repo": repository, "hf.revision": parent.revision}
         found = mlflow.create_external_model(
             name=role, model_type="grace", experiment_id=experiment_id, tags=tags
         )
@@ -120,7 +134,7 @@ def register_release(name: str, model_id: str, release: Artifact) -> str:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
     for version in client.search_model_versions(f"name = '{name}'"):
-        if version.tags.get("grace.release_digest") == release.digest:
+        if version.tags.get(DIGEST) == release.digest:
             number = str(version.version)
             break
     else:
@@ -131,7 +145,7 @@ def register_release(name: str, model_id: str, release: Artifact) -> str:
             model_id=model_id,
             tags={
                 "grace.model_id": model_id,
-                "grace.release_digest": release.digest,
+                DIGEST: release.digest,
                 "grace.path": str(release.path.absolute()),
             },
             await_creation_for=0,
@@ -139,6 +153,23 @@ def register_release(name: str, model_id: str, release: Artifact) -> str:
         number = str(created.version)
     client.set_registered_model_alias(name, CANDIDATE, number)
     return number
+
+
+def mark_published(experiment_id: str, publication: Artifact) -> None:
+    """Say on every published model, and on its registered versions, where it went."""
+    client = MlflowClient()
+    for role, place in node_of(publication).published.items():
+        release = publication.manifest.parents[role]
+        model = find_model(experiment_id, release.kind, release.digest)
+        assert model is not None, "a publication's inputs are linked before this"
+        tags = {PUBLISHED: place.location, PUBLISHED_REVISION: place.revision}
+        if place.location.startswith("http"):
+            owner_and_name = place.location.split("/")[-2:]
+            tags |= {"hf.repo": "/".join(owner_and_name), "hf.commit": place.revision}
+        client.set_logged_model_tags(model.model_id, tags)
+        for version in client.search_model_versions(f"tags.`grace.model_id` = '{model.model_id}'"):
+            for key, value in tags.items():
+                client.set_model_version_tag(version.name, version.version, key, value)
 
 
 def log_scores(run_id: str, evaluation: Artifact) -> None:

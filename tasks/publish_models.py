@@ -15,6 +15,7 @@ from grace_core import stages
 from grace_core.artifacts import Artifact
 from grace_core.config import GraceConfig
 from grace_core.publish.approval import Approval
+from tasks.lineage import mark_published
 from tasks.tracked import StageRef, run_stage, stage_task
 
 
@@ -29,6 +30,7 @@ def publish_models(
     """Publish; both mappings are by label: bf16, w8, w4, and for evaluations teacher, baseline."""
 
     def record(run_id: str, publication: Artifact) -> None:
+        mark_published(MlflowClient().get_run(run_id).info.experiment_id, publication)
         for name, value in publication.manifest.facts.get("approval", {}).items():
             MlflowClient().set_tag(run_id, f"grace.approval.{name}", value)
 

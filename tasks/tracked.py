@@ -35,10 +35,12 @@ from grace_core.progress import StageMeter, StageProgress
 from grace_core.stages import StageContext
 from operations.check_mlflow import AREA as MLFLOW
 from operations.flow_run_states import STAGE_LABEL
+from operations.mlflow_names import is_model
 from tasks.examine import examine
 from tasks.forwarding import MetricForwarder, TrackingUnavailable
 from tasks.guard import guarded
-from tasks.lineage import MODEL_STAGES, add_model, ancestry_table, find_model, link_inputs
+from tasks.lineage import add_model, ancestry_table, find_model, link_inputs
+from tasks.lineage_pages import log_lineage
 from tasks.mlflow_runs import StageRun, end_after_error, finished_run, log_manifest, open_parent_run
 from tasks.watch import Watch, attach_logs, current_watch, watched_flow
 
@@ -143,7 +145,9 @@ def _parent_run(config: GraceConfig, goal: Goal, watch: Watch) -> Iterator[str]:
         runs = [value for tag, value in tags.items() if tag.startswith(_STAGE_TAG)]
         table = ancestry_table(runs)
         client.log_text(run_id, table, "ancestry.md")
-        create_markdown_artifact(table, key="ancestry", description="What was made from what")
+        links = log_lineage(config.run_dir, run_id, runs)
+        shown = f"{table}\n{links}" if links else table
+        create_markdown_artifact(shown, key="ancestry", description="What was made from what")
     except BaseException as error:
         end_after_error(run_id, error)
         raise
@@ -205,7 +209,7 @@ def run_stage(
             run_id = child.open()
             log_manifest(run_id, artifact)
             link_inputs(child.experiment_id, run_id, artifact)
-            if stage in MODEL_STAGES:
+            if is_model(stage):
                 add_model(child.experiment_id, run_id, artifact)
             if record is not None:
                 record(run_id, artifact)
@@ -219,7 +223,7 @@ def run_stage(
         child.end_after_error(error)
         attach_logs(child, config, stage, began)
         raise
-    model = find_model(child.experiment_id, artifact.digest) if stage in MODEL_STAGES else None
+    model = find_model(child.experiment_id, stage, artifact.digest) if is_model(stage) else None
     ref = StageRef(
         stage=stage,
         path=str(artifact.path.absolute()),

@@ -36,6 +36,7 @@ from grace_core.errors import ConfigError
 from grace_core.events import Event
 from grace_core.launch.output import stream
 from grace_core.launch.process_group import ProcessesFailed
+from grace_core.lineage.graph import Lineage
 from tests.stand_in_stages import StandIns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -126,7 +127,10 @@ def test_the_whole_chain_then_only_what_changed(
     trained = client.search_runs([experiment], "tags.`grace.stage` = 'bf16'")
     assert len(trained) == 1
     models = [model.name for model in client.search_logged_models([experiment])]
-    assert sorted(models) == ["bf16", "student", "teacher", "w4", "w4", "w8", "w8"]
+    assert sorted(models) == [
+        *("bf16", "release-bf16", "release-w4", "release-w4", "release-w8", "release-w8"),
+        *("student", "teacher", "w4", "w4", "w8", "w8"),
+    ]
 
 
 def test_one_parent_run_holds_its_stages_and_their_ancestry(
@@ -151,6 +155,18 @@ def test_one_parent_run_holds_its_stages_and_their_ancestry(
     }
     folder = Path(client.download_artifacts(parent.info.run_id, ""))
     assert {"ancestry.md", "config.json", "table.md"} <= {file.name for file in folder.iterdir()}
+    lineage = Lineage.model_validate_json((folder / "lineage" / "lineage.json").read_text())
+    assert [lineage.node(model).stage for model in lineage.models] == ["release-bf16", "release-w4"]
+    (release,) = [run for run in children if run.data.tags["grace.stage"] == "release-w4"]
+    own = Path(client.download_artifacts(release.info.run_id, "lineage"))
+    assert {file.name for file in own.iterdir()} == {
+        *("index.html", "lineage.json", "lineage.md", "lineage.svg"),
+    }
+    stages_of_w4 = {
+        node.stage for node in Lineage.model_validate_json((own / "lineage.json").read_text()).nodes
+    }
+    assert {"world", "data", "checkpoint", "bf16", "evaluate-w4", "publish"} <= stages_of_w4
+    assert not {"release-bf16", "evaluate-bf16"} & stages_of_w4
     (w4,) = [line for line in (folder / "ancestry.md").read_text().splitlines() if "| w4 |" in line]
     assert all(name in w4 for name in ("data `", "bf16 `m-", "teacher `m-", "w4 `m-"))
     with get_client(sync_client=True) as prefect:

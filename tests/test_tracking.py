@@ -254,15 +254,18 @@ def test_scores_stand_on_the_released_model_with_their_benchmark(
 ) -> None:
     pipeline = Pipeline(config, parent)
     w4 = pipeline.train()["w4"]
-    assert w4.model_id is not None
-    release = pipeline.stages.release(config, w4.artifact(), StageContext())
-    MlflowClient().set_logged_model_tags(w4.model_id, {"grace.release_digest": release.digest})
+    release = pipeline.stage(
+        "release-w4", lambda c: pipeline.stages.release(config, w4.artifact(), c)
+    )
+    assert release.model_id is not None
     evaluated = pipeline.stage(
-        "evaluate-w4", lambda c: pipeline.stages.evaluate(config, "w4", release, c), log_scores
+        "evaluate-w4",
+        lambda c: pipeline.stages.evaluate(config, "w4", release.artifact(), c),
+        log_scores,
     )
     (metric,) = [
         metric
-        for metric in MlflowClient().get_logged_model(w4.model_id).metrics
+        for metric in MlflowClient().get_logged_model(release.model_id).metrics
         if metric.key == "toy-choice"
     ]
     assert (metric.value, metric.run_id) == (75.0, evaluated.mlflow_run_id)
@@ -274,18 +277,19 @@ def test_scores_stand_on_the_released_model_with_their_benchmark(
 def test_a_release_is_registered_once_under_its_alias(config: GraceConfig, parent: str) -> None:
     pipeline = Pipeline(config, parent)
     w4 = pipeline.train()["w4"]
-    assert w4.model_id is not None
-    release = pipeline.stages.release(config, w4.artifact(), StageContext())
+    made = pipeline.stage("release-w4", lambda c: pipeline.stages.release(config, w4.artifact(), c))
+    release = made.artifact()
     name = f"{config.tracking.experiment}-w4"
-    assert register_release(name, w4.model_id, release) == "1"
-    assert register_release(name, w4.model_id, release) == "1"
+    assert made.model_id is not None
+    assert register_release(name, made.model_id, release) == "1"
+    assert register_release(name, made.model_id, release) == "1"
     version = MlflowClient().get_model_version_by_alias(name, "candidate")
-    assert version.tags["grace.model_id"] == w4.model_id
+    assert version.tags["grace.model_id"] == made.model_id
     assert Path(version.tags["grace.path"]) == release.path
     other = pipeline.stages.release(
         config, Pipeline(config, parent).train()["bf16"].artifact(), StageContext()
     )
-    assert register_release(name, w4.model_id, other) == "2"
-    assert MlflowClient().get_model_version_by_alias(name, "candidate").tags[
-        "grace.release_digest"
-    ] == (other.digest)
+    assert register_release(name, made.model_id, other) == "2"
+    assert MlflowClient().get_model_version_by_alias(name, "candidate").tags["grace.digest"] == (
+        other.digest
+    )

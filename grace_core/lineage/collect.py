@@ -8,16 +8,20 @@ the graph with what the child recorded of it: stage and digest.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from grace_core.artifacts import MANIFEST, OUTSIDE, Artifact, Parent, find_artifact, read_artifact
+from grace_core.artifacts import MANIFEST, OUTSIDE, Artifact, Parent, find_artifact
 from grace_core.config.load import config_digest
 from grace_core.config.names import release_name
+from grace_core.errors import GraceError
 from grace_core.lineage.graph import Edge, Lineage, Node, Place, in_order
+
+logger = logging.getLogger(__name__)
 
 _NOT_SEARCHED = ("work", "checkpoints", "logs")
 """Folders of a run that hold no artifacts, and much else."""
@@ -25,11 +29,12 @@ _SNAPSHOT = re.compile(r"models--(?P<name>[^/]+)/snapshots/[^/]+/?$")
 
 
 def artifacts_below(root: Path) -> list[Artifact]:
-    """Every complete artifact below `root`, oldest first."""
+    """Every complete artifact below `root`, oldest first; one that cannot be read is warned of."""
     found = []
     for folder, names, files in os.walk(root):
         if MANIFEST in files and Path(folder).parent.name == "artifacts":
-            found.append(read_artifact(Path(folder)))
+            artifact = _readable(Path(folder))
+            found += [] if artifact is None else [artifact]
             names.clear()
         names[:] = sorted(n for n in names if not n.startswith(".") and n not in _NOT_SEARCHED)
     return sorted(found, key=lambda artifact: artifact.manifest.created)
@@ -168,10 +173,19 @@ def _is_about(artifact: Artifact) -> bool:
 def _find(child: Artifact, parent: Parent, known: dict[str, Artifact]) -> Artifact | None:
     recorded = Path(parent.path)
     for folder in (recorded, child.path.parent / recorded.name):
-        found = find_artifact(folder)
+        found = _readable(folder)
         if found is not None and found.digest == parent.digest:
             return found
     return known.get(_id(parent.kind, parent.digest))
+
+
+def _readable(folder: Path) -> Artifact | None:
+    """None where there is no artifact, or one that is damaged or of another version."""
+    try:
+        return find_artifact(folder)
+    except GraceError as error:
+        logger.warning("left out of the lineage: %s", error)
+        return None
 
 
 def _recorded(parent: Parent) -> Node:
