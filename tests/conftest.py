@@ -23,3 +23,13 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"real test data not found at {folder} (set GRACE_SHARED_DATA)")
     return folder
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests marked `slurm` take minutes on a real cluster: `make slurm-test` asks for them."""
+    if "slurm" in config.option.markexpr:
+        return
+    left_out = [item for item in items if item.get_closest_marker("slurm")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]

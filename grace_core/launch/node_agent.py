@@ -80,7 +80,6 @@ def _torchrun_arguments(node: int, nodes: int, processes: int, ranks: Path) -> l
     meeting = f"is_host={int(node == 0)},join_timeout={_MEET_SECONDS},read_timeout={_MEET_SECONDS}"
     return [
         f"--nnodes={nodes}",
-        f"--node-rank={node}",
         f"--nproc-per-node={processes}",
         "--rdzv-backend=c10d",
         f"--rdzv-id={job}-{restarts}",
@@ -99,6 +98,8 @@ def _run(arguments: list[str], node: int, ranks: Path, told: threading.Event) ->
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    # In front of each line stands the rank of the whole training, not of this node.
+    os.environ["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[${role_name}${rank}]:"
     seen = _FailureSeen()
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addHandler(seen)
     try:

@@ -250,21 +250,25 @@ def _exit_code(info: JobInfo, of_script: int | None) -> int:
 def _failed(
     program: Program, job: int, files: SlurmFiles, exit_code: int, state: str
 ) -> GraceError:
-    problem = f"its SLURM job {job} ({files.job_name}) ended as {state}"
-    problem += f" with exit code {exit_code}"
-    remedy = _REMEDIES.get(state, FAILED)
-    lines = _last_lines(files)
+    problem, remedy = f"its SLURM job {job} ({files.job_name}) ended as {state}", FAILED
     if exit_code == STOPPED and state == "FAILED":
+        lines = _last_lines(files)
+        problem += ", stopped once more"
         remedy = (
-            "it was stopped more often than launch.backend.max_restarts allows, or could not be "
-            "requeued; run again to continue from the last checkpoint"
+            "it was requeued as often as launch.backend.max_restarts allows, or could not be; run "
+            "again to continue from the last checkpoint"
         )
-    elif (failed := first_node_failure(program.logs)) is not None:
+    elif state not in _REMEDIES and (failed := first_node_failure(program.logs)) is not None:
         first, lines = failed
+        exit_code = first.exit_code
         problem += (
             f" (rank {first.rank} on node {first.node} failed first, with "
-            f"{describe_exit(first.exit_code)})"
+            f"{describe_exit(exit_code)})"
         )
+    else:
+        lines = _last_lines(files)
+        problem += f" with exit code {exit_code}"
+        remedy = _REMEDIES.get(state, FAILED)
     return processes_failed(
         f"stage {program.stage}: {problem}; {remedy}", program.logs, exit_code, lines
     )

@@ -7,7 +7,8 @@ and end with 143, and the shell must tell them apart:
 - preemption: SLURM tells every process of the job (TERM), first or at once with the requeue;
 - a cancellation: SLURM tells every process too, but the job is no longer RUNNING by then.
 
-So the job is requeued when it is still RUNNING after a stop, and left to SLURM otherwise.
+So the job is requeued when it is still RUNNING after a stop, and left to SLURM otherwise, as it is
+when a node was lost.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from grace_core.launch.slurm_files import SlurmFiles
 STOPPED = 143
 """Exit code of ranks that saved and left after SIGTERM, and so of their agents."""
 
-_LEFT_BEHIND_SECONDS = 60
+_LEFT_BEHIND_SECONDS = 30
 """After the first agent ended; ranks that lost their peers notice sooner, or never."""
 
 
@@ -75,13 +76,14 @@ done
 wait "$step"
 code=$?
 say "agents ended with $code"
-if [ "$code" -ne {STOPPED} ]; then finish "$code"; fi
+if [ "$code" -eq 0 ]; then finish 0; fi
 
 until found=$(state) && [ -n "$found" ]; do sleep 2; done
 if [ "$found" != RUNNING ] || [ -e "$cancelled" ]; then
-    say "stopped ($found)"
-    exit {STOPPED}
+    say "left to SLURM ($found)"
+    exit "$code"
 fi
+if [ "$code" -ne {STOPPED} ]; then finish "$code"; fi
 if [ "$restarts" -ge {launch.backend.max_restarts} ]; then
     say "stopped, and not requeued: {launch.backend.max_restarts} restarts are allowed"
     finish {STOPPED}
