@@ -37,6 +37,7 @@ from operations.check_mlflow import AREA as MLFLOW
 from operations.flow_run_states import STAGE_LABEL
 from operations.mlflow_names import is_model
 from tasks.examine import examine
+from tasks.flow_output import keep_output
 from tasks.forwarding import MetricForwarder, TrackingUnavailable
 from tasks.guard import guarded
 from tasks.lineage import add_model, ancestry_table, find_model, link_inputs
@@ -114,6 +115,7 @@ def tracked_flow(config: GraceConfig, goal: Goal = "publish") -> Iterator[str]:
 
     goal: what the flow is for, which decides how many stages it has.
     """
+    keep_output(config.run_dir)
     with (
         guarded(),
         watched_flow(config, goal) as watch,

@@ -42,6 +42,24 @@ def work() -> None:
 work()
 """
 
+TALKER = """
+import sys, time
+from pathlib import Path
+from prefect import flow, get_run_logger
+from tasks.flow_output import keep_output
+
+@flow
+def talk() -> None:
+    keep_output(Path(sys.argv[1]))
+    print("listening", flush=True)
+    while not Path(sys.argv[1], "deaf").exists():
+        time.sleep(0.05)
+    get_run_logger().info("said to nobody")
+    print("all said", flush=True)
+
+talk()
+"""
+
 pytestmark = pytest.mark.slow
 
 
@@ -107,3 +125,24 @@ def test_a_run_that_was_taken_for_dead_goes_on(
     assert process.poll() is None
     (tmp_path / "stop").touch()
     process.wait(60)
+
+
+def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path) -> None:
+    """The worker reads a pipe; killed, it reads no more."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", TALKER, str(tmp_path)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env=os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()},
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if b"the output of this run goes to" in line:
+            break
+    process.stdout.close()
+    (tmp_path / "deaf").touch()
+    assert process.wait(60) == 0
+    (file,) = (tmp_path / "flow-runs").iterdir()
+    assert "said to nobody" in file.read_text()
+    assert "all said" in file.read_text()
