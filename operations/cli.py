@@ -12,8 +12,9 @@ import typer
 
 from grace_core.cli.app import app, console, main
 from operations.doctor import doctor
+from operations.lineage_commands import lineage, reproduce
 
-__all__ = ["app", "doctor", "main"]
+__all__ = ["app", "doctor", "lineage", "main", "reproduce"]
 
 _SERVERS = "Servers"
 

@@ -39,13 +39,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> GraceConfig:
         raise ConfigError(str(path), [f"not readable as YAML: {error}"]) from error
     if not isinstance(tree, dict):
         raise ConfigError(str(path), ["expected a mapping of sections at the top level"])
+    return resolve_config(tree, str(path), overrides)
+
+
+def resolve_config(tree: dict[str, Any], source: str, overrides: Sequence[str] = ()) -> GraceConfig:
+    """Apply `overrides` to a plain mapping (in place), expand variables and validate it.
+
+    source: what the mapping was read from, for messages. Raises ConfigError as `load_config`.
+    """
     problems: list[str] = []
     for override in overrides:
         problem = _apply_override(tree, override)
         if problem:
             problems.append(problem)
     tree = _expand(tree, (), problems)
-    return validate_config(tree, str(path), problems)
+    return validate_config(tree, source, problems)
 
 
 def validate_config(

@@ -55,8 +55,13 @@ def facts(lineage: Lineage, node: Node, where: str) -> dict[str, str]:
 
 def plain_tree(lineage: Lineage, model: str, where: str = "configs in the JSON form") -> str:
     """The same tree as text without colours."""
+    return plain(tree(lineage, model, where))
+
+
+def plain(shown: Tree) -> str:
+    """A tree as lines of text, each as long as it is."""
     console = Console(file=io.StringIO(), width=_WIDE, color_system=None, force_terminal=False)
-    console.print(tree(lineage, model, where))
+    console.print(shown)
     assert isinstance(console.file, io.StringIO)
     lines = console.file.getvalue().splitlines()
     return "\n".join(line.rstrip() for line in lines) + "\n"
