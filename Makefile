@@ -40,6 +40,10 @@ test: setup ## Run the tests (ARGS="-k name" for some); no network is used
 chaos: setup ## Run the pipeline while things fail (root, for a small disk; ARGS="--seed 7"): 30 minutes
 	HF_HUB_OFFLINE=1 $(PY) -m tests.chaos $(ARGS)
 
+.PHONY: slurm-test
+slurm-test: setup ## Run trainings on a real SLURM cluster on this machine (root, minutes)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -m slurm tests/test_slurm_launch.py tests/test_slurm_training.py $(ARGS)
+
 .PHONY: lint
 lint: setup ## Check style and types, as the pre-commit hooks and the CI do
 	$(PY) -m ruff check .
@@ -72,10 +76,11 @@ $(INSTALLED):
 # chromium     tests that open the Prefect and MLflow pages
 # postgresql   tests with Prefect's database on a server
 # git          the commit that every artifact records
+# slurm-wlm    training jobs on a SLURM cluster, with munge
 system-deps: ## Install the system packages that some tests need (root or sudo; Debian)
 	@missing=; \
-	for need in chromium:chromium pg_lsclusters:postgresql git:git; do \
-		command -v "$${need%%:*}" >/dev/null || missing+=" $${need##*:}"; done; \
+	for need in chromium:chromium pg_lsclusters:postgresql git:git slurmctld:slurm-wlm munged:munge; do \
+		PATH=$$PATH:/usr/sbin command -v "$${need%%:*}" >/dev/null || missing+=" $${need##*:}"; done; \
 	if [ -z "$$missing" ]; then echo "All system packages are there."; exit 0; fi; \
 	run=; if [ "$$(id -u)" != 0 ]; then run="sudo -n"; fi; \
 	if [ -n "$$run" ] && ! sudo -n true 2>/dev/null; then \

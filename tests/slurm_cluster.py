@@ -211,7 +211,7 @@ SlurmctldPort={ports[0]}
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-# A requeued job waits for as long as its old credential holds, two minutes by default, 5 s at least.
+# A requeued job waits while its old credential holds: by default two minutes, at least 5 s.
 AuthInfo=socket={folder}/munge.socket,cred_expire=5
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n

@@ -5,8 +5,8 @@
 It writes NOTES/started-<start>-<rank> and runs until the file NOTES/go is there. SIGTERM makes it
 "save" (NOTES/saved-<start>-<rank>) and leave with 143, as a training rank does. PLAN:
 
-wait: no more than that; once: a second start ends at once; fail: rank 1 raises, and rank 0 after
-it, as one that lost its peer; killed: rank 1 kills itself; stop: each start ends with 143.
+wait: no more than that; once: a second start ends at once; fail, killed: rank 1 raises or kills
+itself, and rank 0 fails after it, as one that lost its peer; stop: each start ends with 143.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ def main(notes: Path, plan: str) -> int:
         if told:
             (notes / f"saved-{start}-{rank}").write_text("")
             return STOPPED
-        if plan == "fail" and rank == "1":
-            (notes / "failed").touch()
-            raise ValueError("bad row in shard-7")
-        if plan == "fail" and (notes / "failed").exists():
-            time.sleep(1)
-            raise ConnectionError("peer 1 is gone")
-        if rank == "1" and plan == "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if plan in ("fail", "killed"):
+            if rank == "1":
+                (notes / "failed").touch()
+                if plan == "killed":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                raise ValueError("bad row in shard-7")
+            if (notes / "failed").exists():
+                time.sleep(1)
+                raise ConnectionError("peer 1 is gone")
         time.sleep(0.05)
     print(f"rank {rank} is done", flush=True)
     return 0

@@ -17,7 +17,8 @@ from tests.prepared_rows import prepared_row, write_prepared
 from tests.tiny_models import FAMILIES, save_tiny
 
 TIMES = ("seconds", "tokens_per_second")
-STEPS = 12
+STEPS = 60
+"""Long enough to be met in the middle."""
 CLUSTER = {"kind": "slurm", "poll_seconds": 1, "warning_seconds": 20}
 
 
@@ -42,7 +43,7 @@ def make_job(root: Path, name: str, **training: Any) -> TrainingJob:
                 "learning_rate": 1e-3,
                 "zero_stage": 2,
                 "gradient_checkpointing": False,
-                "checkpoint_every": 5,
+                "checkpoint_every": 25,
                 **training,
             },
             "objective": {"relational": {"warmup_steps": 2}},
@@ -82,9 +83,7 @@ class Watched:
         self.job.work.mkdir(parents=True, exist_ok=True)
         file = self.job.work / "job.json"
         file.write_text(self.job.model_dump_json(), encoding="utf-8")
-        program = Program(
-            self.job.stage, "grace_core.training.worker", [str(file)], self.job.work
-        )
+        program = Program(self.job.stage, "grace_core.training.worker", [str(file)], self.job.work)
         events = EventReader(self.job.metrics)
 
         def forward() -> None:

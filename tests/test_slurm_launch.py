@@ -1,4 +1,4 @@
-"""The SLURM back-end on a real cluster, with ranks that do not train: what ends and starts a job."""
+"""The SLURM back-end on a real cluster, with ranks that do not train: starts and ends of jobs."""
 
 from __future__ import annotations
 
@@ -134,7 +134,9 @@ def test_a_failing_rank_is_named_with_what_it_wrote(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_not-for-ranks")
     monkeypatch.setenv("SBATCH_PARTITION", "absent")
-    run = Run(tmp_path, "fail", make_launch(backend={"setup": ["echo prepared: $SLURM_NODEID"]}))
+    folder = tmp_path / "50% done's"
+    folder.mkdir()
+    run = Run(folder, "fail", make_launch(backend={"setup": ["echo prepared: $SLURM_NODEID"]}))
     with pytest.raises(ProcessesFailed) as caught:
         run.watch()
     said = str(caught.value)
@@ -143,7 +145,7 @@ def test_a_failing_rank_is_named_with_what_it_wrote(
     assert said.rstrip().endswith("ValueError: bad row in shard-7")
     assert str(run.program.logs) in said
     assert caught.value.exit_code == 1
-    assert (tmp_path / "started-0-0").read_text().split()[1:] == []
+    assert (folder / "started-0-0").read_text().split()[1:] == []
     assert any(line.startswith("[default0]:rank 0 of 2, start 0") for line in run.lines)
     assert {"prepared: 0", "prepared: 1"} <= set(run.lines)
     assert any(line.startswith("[default1]:ValueError: bad row") for line in run.lines)
@@ -242,7 +244,7 @@ Run(Path({str(tmp_path)!r}), "wait").watch()
 def test_slurmctld_may_be_away_and_may_forget(
     cluster: SlurmCluster, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Away while the job runs; back, it is asked again. Then it forgets the job, which has ended."""
+    """Away while the job runs; back, and asked again; then it forgets the job, which has ended."""
     moments: dict[str, float] = {}
 
     def poll(run: Run) -> None:

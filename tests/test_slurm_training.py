@@ -77,7 +77,7 @@ def test_a_preempted_training_goes_on_exactly(local: Watched, cluster: SlurmClus
     """A job of higher priority takes all nodes; the training saves, waits and goes on."""
 
     def preempt(step: int) -> None:
-        if step == STEPS // 3:
+        if step == 2:
             command = ("--partition=high", "--nodes=3", "--exclusive", "--output=/dev/null")
             cluster.output("sbatch", *command, "--wrap=sleep 1")
 
@@ -90,9 +90,7 @@ def test_a_preempted_training_goes_on_exactly(local: Watched, cluster: SlurmClus
     assert_same(watched, local)
 
 
-def test_the_whole_pipeline_runs_with_slurm(
-    cluster: SlurmCluster, tmp_path: Path
-) -> None:
+def test_the_whole_pipeline_runs_with_slurm(cluster: SlurmCluster, tmp_path: Path) -> None:
     """`grace run` on a machine that does not train: data, both trainings, release and the rest."""
     settings = {
         "run_dir": tmp_path / "run",

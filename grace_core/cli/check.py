@@ -13,7 +13,7 @@ from rich.tree import Tree
 
 from grace_core.cli.findings import Findings
 from grace_core.config.load import config_digest
-from grace_core.config.model import GraceConfig, Objective, Training
+from grace_core.config.model import GraceConfig, Launch, Objective, SlurmLaunch, Training
 from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.doctor.memory import training_stages
 
@@ -28,6 +28,7 @@ def show_plan(config: GraceConfig, findings: Findings, console: Console) -> None
     console.print("[dim]Values left at their default are dim.[/]\n")
     console.print(_checkpoints(findings))
     console.print(_stages(config))
+    console.print(_launch(config.launch), highlight=False, markup=False)
     console.print(f"Everything goes to {config.run_dir}/", highlight=False, markup=False)
     for warning in findings.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
@@ -71,6 +72,18 @@ def _sizes(checkpoint: Checkpoint) -> list[str]:
         _number(checkpoint.parameters),
         *(_number(checkpoint.of_text(name)) for name in sizes),
     ]
+
+
+def _launch(launch: Launch) -> str:
+    ranks = f"{launch.processes} process" + ("" if launch.processes == 1 else "es")
+    where = f"{ranks} on this machine"
+    if isinstance(launch.backend, SlurmLaunch):
+        partition = launch.backend.partition
+        where = f"{ranks} on each of {launch.nodes} nodes" if launch.nodes > 1 else ranks
+        where += ", as a job of SLURM in " + (
+            f"partition {partition}" if partition else "the default partition"
+        )
+    return f"Each training runs in {where}"
 
 
 def _number(value: int | None) -> str:
