@@ -8,6 +8,7 @@ INPUT = "grace.input."
 """+ role: `kind:digest` of an input of a run."""
 PUBLISHED = "grace.published"
 PUBLISHED_REVISION = "grace.published_revision"
+"""Of a released model, where it went last; with `.<role>` of the run that published it."""
 DATASET_DIGITS = 32
 """Of a content digest in an MLflow data set, which takes 36 characters."""
 

@@ -155,9 +155,10 @@ def register_release(name: str, model_id: str, release: Artifact) -> str:
     return number
 
 
-def mark_published(experiment_id: str, publication: Artifact) -> None:
-    """Say on every published model, and on its registered versions, where it went."""
+def mark_published(run_id: str, publication: Artifact) -> None:
+    """Say on the run, on every published model and on its registered versions where it went."""
     client = MlflowClient()
+    experiment_id = client.get_run(run_id).info.experiment_id
     for role, place in node_of(publication).published.items():
         release = publication.manifest.parents[role]
         model = find_model(experiment_id, release.kind, release.digest)
@@ -167,6 +168,8 @@ def mark_published(experiment_id: str, publication: Artifact) -> None:
             owner_and_name = place.location.split("/")[-2:]
             tags |= {"hf.repo": "/".join(owner_and_name), "hf.commit": place.revision}
         client.set_logged_model_tags(model.model_id, tags)
+        client.set_tag(run_id, f"{PUBLISHED}.{role}", place.location)
+        client.set_tag(run_id, f"{PUBLISHED_REVISION}.{role}", place.revision)
         for version in client.search_model_versions(f"tags.`grace.model_id` = '{model.model_id}'"):
             for key, value in tags.items():
                 client.set_model_version_tag(version.name, version.version, key, value)

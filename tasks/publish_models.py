@@ -30,7 +30,7 @@ def publish_models(
     """Publish; both mappings are by label: bf16, w8, w4, and for evaluations teacher, baseline."""
 
     def record(run_id: str, publication: Artifact) -> None:
-        mark_published(MlflowClient().get_run(run_id).info.experiment_id, publication)
+        mark_published(run_id, publication)
         for name, value in publication.manifest.facts.get("approval", {}).items():
             MlflowClient().set_tag(run_id, f"grace.approval.{name}", value)
 

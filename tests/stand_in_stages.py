@@ -117,7 +117,12 @@ class StandIns:
         section, parents = publishing_inputs(config, releases, evaluations)
         rows = {label: {**e.manifest.metrics, "average": 75.0} for label, e in evaluations.items()}
         results = {"rows": rows, "releases": {}, "seconds": {}}
+        places = {
+            label: {"location": str(config.run_dir / "releases" / label), "revision": item.digest}
+            for label, item in releases.items()
+        }
         files = {"results.json": json.dumps(results), "table.md": "| Model |\n|---|\n"}
+        files["releases.json"] = json.dumps(places)
         facts = {} if approval is None else {"approval": approval.model_dump()}
         return self._once(config, context, "publish", section, parents, files=files, facts=facts)
 
@@ -152,7 +157,8 @@ class StandIns:
             raise GraceError(f"stage {stage} is not done")
         self.made.append(stage)
         events = EventWriter(config.run_dir / "work" / folder.name / "metrics.jsonl")
-        with new_artifact(folder, stage, section, parents) as writer, events:
+        whole = config.model_dump(mode="json")
+        with new_artifact(folder, stage, section, parents, whole) as writer, events:
             for step in range(1, steps + 1):
                 event = Event(time.time(), stage, step, "train", {"loss": 1.0 / step})
                 events.write(event)

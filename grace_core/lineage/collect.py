@@ -11,11 +11,11 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grace_core.artifacts import MANIFEST, OUTSIDE, Artifact, Parent, find_artifact
+from grace_core.artifacts import MANIFEST, OUTSIDE, Artifact, Manifest, Parent, find_artifact
 from grace_core.config.load import config_digest
 from grace_core.config.names import release_name
 from grace_core.errors import GraceError
@@ -66,17 +66,18 @@ def lineage_of(models: Sequence[Artifact], known: Iterable[Artifact]) -> Lineage
             if artifact.manifest.stage == "publish"
             else ({node_id} | graph.ancestors(node_id))
         )
-    return _own_places(graph.only(asked, kept))
+    return own_places(graph.only(asked, kept))
 
 
 def graph_of(artifacts: Iterable[Artifact], known: Iterable[Artifact]) -> Lineage:
     """These artifacts and everything they were made from.
 
-    Equal content made in two ways is one node with the inputs of both.
+    Equal content made in two ways is one node with the inputs of both; unequal content made in one
+    way, as on GPUs that round differently, is two nodes.
     """
     by_id = {_id(artifact.manifest.stage, artifact.digest): artifact for artifact in known}
     nodes: dict[str, Node] = {}
-    seen: set[str] = set()
+    seen: set[tuple[str, str]] = set()
     edges: dict[Edge, None] = {}
     configs: dict[str, dict[str, Any]] = {}
     asked = list(artifacts)
@@ -84,9 +85,10 @@ def graph_of(artifacts: Iterable[Artifact], known: Iterable[Artifact]) -> Lineag
     while pending:
         artifact = pending.pop(0)
         node_id = _id(artifact.manifest.stage, artifact.digest)
-        if artifact.manifest.fingerprint in seen:
+        way = (node_id, artifact.manifest.fingerprint)
+        if way in seen:
             continue
-        seen.add(artifact.manifest.fingerprint)
+        seen.add(way)
         if node_id not in nodes or not nodes[node_id].present:
             nodes[node_id] = node_of(artifact)
         if artifact.manifest.run_config:
@@ -117,12 +119,17 @@ def node_of(artifact: Artifact) -> Node:
     if manifest.stage == "publish" and places.is_file():
         recorded = json.loads(places.read_text(encoding="utf-8"))
         published = {f"release-{label}": Place(**place) for label, place in recorded.items()}
+    return manifest_node(manifest, str(artifact.path), published)
+
+
+def manifest_node(manifest: Manifest, path: str, published: Mapping[str, Place]) -> Node:
+    """The node of what a manifest describes; published: where its releases went, by role."""
     return Node(
         stage=manifest.stage,
         digest=manifest.digest,
         name=_name(manifest.stage, manifest.run_config),
         present=True,
-        path=str(artifact.path),
+        path=path,
         fingerprint=manifest.fingerprint,
         created=manifest.created,
         seconds=manifest.seconds,
@@ -132,7 +139,7 @@ def node_of(artifact: Artifact) -> Node:
         code=manifest.code,
         environment=manifest.environment,
         metrics=manifest.metrics,
-        published=published,
+        published=dict(published),
     )
 
 
@@ -146,7 +153,7 @@ def outside_name(kind: str, path: str) -> str:
     return Path(path).name
 
 
-def _own_places(lineage: Lineage) -> Lineage:
+def own_places(lineage: Lineage) -> Lineage:
     """Of publications of several models, keep where the models of this lineage went."""
     kept = [
         node
