@@ -116,8 +116,7 @@ def run_attempt(
                     if planned.fault.ends is not None:
                         attempt.expected = (planned.fault.ends,)
                         waiting.clear()  # what would come after the end cannot happen
-                    elif stage == START and planned.fault.name == "SIGKILL the worker":
-                        # Its run may not have begun, and is then over with it.
+                    elif stage == START and planned.fault.needed_to_start:
                         attempt.expected = ("COMPLETED", "CRASHED")
         if now - asked >= _ASK:
             asked = now

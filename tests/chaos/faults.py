@@ -54,6 +54,10 @@ class Fault:
     stages: tuple[str, ...] = STAGES
     """Where it can happen."""
 
+    needed_to_start: bool = False
+    """Whether a run that has not begun yet may end as Crashed: Prefect gives up on a server that
+    it has never reached, and a worker takes the runs along that it is starting."""
+
     weight: int = 1
     """How often it is chosen, against the others; those that cost minutes are rare."""
 
@@ -171,10 +175,10 @@ FAULTS: tuple[Fault, ...] = (
     Fault("SIGTERM the flow", _terminate_flow, "CRASHED", weight=3),
     Fault("cancel from the API", _cancel, "CANCELLED", weight=4),
     Fault("SIGKILL worker and flow", _kill_worker_and_flow, "CRASHED", weight=1),
-    Fault("SIGKILL the worker", _kill_worker, None, weight=4),
-    Fault("SIGKILL Prefect", _kill_prefect, None, weight=4),
+    Fault("SIGKILL the worker", _kill_worker, None, needed_to_start=True, weight=4),
+    Fault("SIGKILL Prefect", _kill_prefect, None, needed_to_start=True, weight=4),
     Fault("SIGKILL MLflow", _kill_mlflow, None, weight=4),
-    Fault("Prefect away for a minute", _lose_prefect, None, weight=1),
+    Fault("Prefect away for a minute", _lose_prefect, None, needed_to_start=True, weight=1),
     Fault("MLflow away for a minute", _lose_mlflow, None, weight=1),
 )
 

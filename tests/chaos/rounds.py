@@ -129,7 +129,7 @@ class Campaign:
             shutil.rmtree(run_dir)
 
     def _plan(self, run_dir: Path) -> list[Planned]:
-        """One fault that ends the attempt, and up to three before it that must not."""
+        """One fault that ends the attempt, and a few before it that must not."""
         done = finished_stages(run_dir)
         left = [stage for stage in STAGES if stage not in done]  # the start comes every time
         last = self._rarest([fault for fault in FAULTS if fault.ends is not None], left)
@@ -140,7 +140,7 @@ class Campaign:
         lasting = [f for f in FAULTS if f.ends is None and f.name not in unsuitable]
         before = left[: left.index(stage) + 1]
         plan = [self._planned(last, stage)]
-        for _ in range(self._chance.choice((0, 1, 2, 3))):
+        for _ in range(self._chance.choice((1, 2, 2, 3))):
             plan.append(self._planned(self._rarest(lasting, before), self._place(before)))
         return sorted(plan, key=lambda item: (STAGES.index(item.stage), item.delay))
 
