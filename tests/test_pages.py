@@ -99,3 +99,25 @@ def test_mlflow_shows_what_a_released_model_came_from(
     assert data.dataset.digest[:8] in shown
     for model in ("bf16", "teacher", "w4"):
         assert f">{model}<" in shown, f"{model} is not on the page of the W4 run"
+
+
+def test_mlflow_shows_the_page_of_the_lineage(
+    services: Services, published: StageRef, tmp_path: Path
+) -> None:
+    client = mlflow.MlflowClient(services.mlflow)
+    experiment = client.get_experiment_by_name("grace").experiment_id
+    (run,) = client.search_runs([experiment], "tags.`grace.stage` = 'release-w4'")
+    address = f"{services.mlflow}/#/experiments/{experiment}/runs/{run.info.run_id}"
+    assert 'class="mlflow-html-iframe"' in page(
+        f"{address}/artifacts/lineage/index.html", tmp_path / "server"
+    )
+    # MLflow shows the page in a frame, whose inside is not part of the document.
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(services.mlflow)
+    try:
+        inside = Path(client.download_artifacts(run.info.run_id, "lineage", str(tmp_path)))
+    finally:
+        mlflow.set_tracking_uri(before)
+    shown = page((inside / "index.html").as_uri(), tmp_path / "page")
+    for words in ("Toy-GRACE-W4G128", "evaluate-w4", "toy-choice 75.0", "checkpoint teacher"):
+        assert words in shown

@@ -18,8 +18,10 @@ _LINE = 16
 _ROW_GAP = 52
 _DETAILS = 5
 """Lines of details in a box; the text form has all."""
-_LETTERS = 30
-"""Letters of 12 px that fit a box's width."""
+_LETTERS = 26
+"""Letters of 12 px that fit a box's width, of the widest usual font."""
+_TAIL = 9
+"""Letters kept of the end of a long text: it often tells names apart, as `-W4G128` does."""
 _COLOURS = {
     "outside": ("#f3efe4", "#8a7a4d"),
     "data": ("#e4eef8", "#3a6ea5"),
@@ -166,4 +168,6 @@ def _group(node: Node) -> str:
 
 
 def _cut(text: str) -> str:
-    return text if len(text) <= _LETTERS else f"{text[: _LETTERS - 1]}…"
+    if len(text) <= _LETTERS:
+        return text
+    return f"{text[: _LETTERS - 1 - _TAIL]}…{text[-_TAIL:]}"

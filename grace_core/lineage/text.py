@@ -27,9 +27,13 @@ def tree(lineage: Lineage, model: str, where: str = "configs in the JSON form") 
     shown = {model}
     for role, parent in lineage.parents(model):
         _grow(root, lineage, role, parent, shown)
-    for _, child in lineage.children(model):
-        role = "published" if child.stage == "publish" else "scores"
-        _grow(root, lineage, role, child, shown)
+    for role, child in lineage.children(model):
+        if child.stage == "publish":
+            own = {role: child.published[role]} if role in child.published else {}
+            line = _line(child.model_copy(update={"published": own}))
+            root.add(_labelled("published", line))
+        elif child.stage.startswith("evaluate-"):
+            _grow(root, lineage, "scores", child, shown)
     for label, text in facts(lineage, node, where).items():
         root.add(_labelled(label, text))
     return root
@@ -93,8 +97,8 @@ def _grow(branch: Tree, lineage: Lineage, role: str, node: Node, shown: set[str]
     shown.add(node.id)
     if not again:
         for parent_role, parent in parents:
-            # A score or a publication hangs below its model, which need not be told again.
-            if not (role in ("scores", "published") and parent.id in shown):
+            # A score hangs below its model, which need not be told again.
+            if not (role == "scores" and parent.id in shown):
                 _grow(added, lineage, parent_role, parent, shown)
 
 
