@@ -116,6 +116,7 @@ def run_attempt(
                     if planned.fault.ends is not None:
                         attempt.expected = (planned.fault.ends,)
                         waiting.clear()  # what would come after the end cannot happen
+                        break
                     elif stage == START and planned.fault.needed_to_start:
                         attempt.expected = ("COMPLETED", "CRASHED")
         if now - asked >= _ASK:
