@@ -14,7 +14,14 @@ import psutil
 
 from tests.chaos.faults import Fault, Scene, ballast
 from tests.chaos.servers import Servers, wait_until
-from tests.chaos.view import STAGES, START, flow_process, processes_of, stage_at_work
+from tests.chaos.view import (
+    STAGES,
+    START,
+    flow_process,
+    partials,
+    processes_of,
+    stage_at_work,
+)
 
 SURVIVAL = 40.0  # seconds after the flow process's end by which all its processes must be gone
 ZOMBIE = 150.0  # seconds after a machine's death by which its run must not be Running any more
@@ -81,6 +88,7 @@ def run_attempt(
     """Start a flow run, inject the faults of `plan` as far as it gets, wait for its end."""
     attempt = Attempt()
     started = time.monotonic()
+    left_behind = partials(run_dir)
     attempt.flow_run_id = _start(servers, {"config": config, "overrides": [f"run_dir={run_dir}"]})
     scene = Scene(servers, attempt.flow_run_id, run_dir, chance)
     waiting, due = list(plan), {}
@@ -97,7 +105,7 @@ def run_attempt(
         for moment, action in [item for item in scene.later if item[0] <= now]:
             scene.later.remove((moment, action))
             action()
-        stage = stage_at_work(run_dir)
+        stage = stage_at_work(run_dir, left_behind)
         working = working or stage is not None
         if not working and flow is not None:
             stage = START
@@ -117,7 +125,7 @@ def run_attempt(
                         attempt.expected = (planned.fault.ends,)
                         waiting.clear()  # what would come after the end cannot happen
                         break
-                    elif stage == START and planned.fault.needed_to_start:
+                    if stage == START and planned.fault.needed_to_start:
                         attempt.expected = ("COMPLETED", "CRASHED")
         if now - asked >= _ASK:
             asked = now

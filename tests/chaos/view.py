@@ -64,13 +64,21 @@ def _commands(
             yield process, process.cmdline()
 
 
-def stage_at_work(run_dir: Path) -> str | None:
-    """The stage whose artifact is being made; None between two."""
-    partials = []
-    for folder in (run_dir / "artifacts").glob(".*.partial-*"):
+def partials(run_dir: Path) -> set[Path]:
+    """Folders of artifacts that are being made, or were when their process was killed."""
+    return set((run_dir / "artifacts").glob(".*.partial-*"))
+
+
+def stage_at_work(run_dir: Path, left_behind: set[Path]) -> str | None:
+    """The stage whose artifact is being made; None between two.
+
+    left_behind: `partials` that were there before.
+    """
+    found = []
+    for folder in partials(run_dir) - left_behind:
         with suppress(FileNotFoundError):
-            partials.append((folder.stat().st_mtime, folder.name))
-    return _stage_of(max(partials)[1].lstrip(".")) if partials else None
+            found.append((folder.stat().st_mtime, folder.name))
+    return _stage_of(max(found)[1].lstrip(".")) if found else None
 
 
 def finished_stages(run_dir: Path) -> set[str]:
