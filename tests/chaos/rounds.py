@@ -169,7 +169,7 @@ class Campaign:
         checkpoints = sorted((run_dir / "work").glob("*/checkpoints/step-*"))
         if checkpoints:
             stage = checkpoints[-1].parent.parent.name.rpartition("-")[0]
-            file = self._chance.choice(sorted(checkpoints[-1].iterdir()))
+            file = self._chance.choice(_with_content(checkpoints[-1]))
             return Injected(f"checkpoint: {damage(file, self._chance)}", stage, 0.0)
         done = finished_stages(run_dir)
         next_stage = next((stage for stage in STAGES[1:] if stage not in done), "")
@@ -181,8 +181,12 @@ class Campaign:
         if not found:
             return None
         folder = self._chance.choice(found)
-        file = self._chance.choice([item for item in folder.rglob("*") if item.is_file()])
+        file = self._chance.choice(_with_content(folder))
         return Injected(f"artifact: {damage(file, self._chance)}", folder.name[:-13], 0.0)
+
+
+def _with_content(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file() and file.stat().st_size)
 
 
 @contextmanager
