@@ -294,7 +294,7 @@ def test_run_runs_every_stage_once_and_shows_the_results(
     assert "GRACE W4G128" in out and "+30.0" in out and "100.0 %" in out
     (publication,) = (tmp_path / "run" / "artifacts").glob("publish-*")
     assert f"Results: {publication / 'results.json'}" in out
-    assert out.count("done  ") == len(expected)  # without world, part of data; with publish
+    assert out.count("done  ") == len(expected) + 1  # and publish
 
 
 def test_run_again_keeps_everything(cli: Cli, stages: Scored, to: tuple[str, str]) -> None:
@@ -303,7 +303,7 @@ def test_run_again_keeps_everything(cli: Cli, stages: Scored, to: tuple[str, str
     code, out, _ = cli("run", TOY, *to)
     assert (code, stages.made) == (0, [])
     assert "done  " not in out
-    assert out.count("kept  ") == 13  # data, 3 students, 3 releases, 5 evaluations, publish
+    assert out.count("kept  ") == 14  # world, data, 3 students, 3 releases, 5 scores, publish
 
 
 @pytest.mark.parametrize(
