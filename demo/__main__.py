@@ -15,11 +15,12 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.markup import escape
 
-from demo.prefect_api import PrefectApi
+from demo.prefect_api import PrefectApi, RunState
 from demo.progress import follow
 from demo.services import POOLS, Services, run_prefect, servers, workers
 from grace_core.config import load_config
 from grace_core.errors import GraceError
+from grace_core.failure import MARKDOWN_FILE
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOYMENT = "grace/full-pipeline"
@@ -46,7 +47,7 @@ def run(
     overrides = override or []
     settings = load_config(ROOT / config, overrides)
     run_dir = ROOT / settings.run_dir
-    started = time.monotonic()
+    started, since = time.monotonic(), time.time()
     console.print("Starting Prefect and MLflow ...")
     with servers(ROOT / services, ROOT) as local, workers(local, POOLS[:1]):
         _print_addresses(local)
@@ -58,9 +59,9 @@ def run(
             _cancel(local.api, flow_run_id)
             raise
         if final.type != "COMPLETED":
-            reasons = local.api.error_logs(flow_run_id, limit=1) or [final.message]
+            reason = _reason(local, final, run_dir, since)
             raise GraceError(
-                f"the flow run ended as {final.state}:\n{reasons[-1].rstrip()}\n"
+                f"the flow run ended as {final.state}:\n{reason}\n"
                 f"Logs of the servers: {local.logs}; mend it and run again: finished stages are "
                 "kept"
             )
@@ -102,6 +103,18 @@ def _cancel(api: PrefectApi, flow_run_id: str) -> None:
             api.mark_cancelled(flow_run_id)
             return
         time.sleep(0.5)
+
+
+def _reason(local: Services, final: RunState, run_dir: Path, since: float) -> str:
+    """The flow run's own report, or what Prefect knows where the run could not leave one.
+
+    since: seconds since the epoch; an earlier report is of another run.
+    """
+    report = run_dir / MARKDOWN_FILE
+    if report.exists() and report.stat().st_mtime >= since:
+        return report.read_text(encoding="utf-8").rstrip()
+    reasons = local.api.error_logs(final.id, limit=1) or [final.message]
+    return reasons[-1].rstrip()
 
 
 def _show_results(run_dir: Path) -> None:

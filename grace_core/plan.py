@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from grace_core.artifacts import MANIFEST, Artifact, find_artifact
+from grace_core.artifacts import MANIFEST, Artifact, read_artifact
 from grace_core.config.model import GraceConfig
+from grace_core.errors import GraceError
 from grace_core.events import read_events
+
+log = logging.getLogger(__name__)
 
 Goal = Literal["data", "teacher", "distill", "quantize", "release", "evaluate", "publish"]
 """What is asked for; the stages before it are part of the way."""
@@ -38,17 +42,18 @@ def earlier_seconds(config: GraceConfig, stage: str) -> float | None:
     None where it never did. A stage that was resumed does not count: its manifest knows of its
     last attempt alone.
     """
-    found = [
-        artifact
-        for folder in (config.run_dir / "artifacts").glob(f"{stage}-*/{MANIFEST}")
-        if (artifact := find_artifact(folder.parent)) is not None
-        and artifact.manifest.stage == stage
-        and _same_work(config, artifact)
-        and not _was_resumed(config.run_dir, artifact)
-    ]
-    if not found:
-        return None
-    return max(found, key=lambda artifact: artifact.manifest.created).manifest.seconds
+    found: list[tuple[str, float]] = []
+    for file in (config.run_dir / "artifacts").glob(f"{stage}-*/{MANIFEST}"):
+        try:
+            artifact = read_artifact(file.parent)
+            counts = _same_work(config, artifact) and not _was_resumed(config.run_dir, artifact)
+        except GraceError as error:
+            # Whoever needs the artifact or its metrics says so; an estimate goes without.
+            log.info("not counted for the time left: %s", error)
+            continue
+        if counts and artifact.manifest.stage == stage:
+            found.append((artifact.manifest.created, artifact.manifest.seconds))
+    return max(found)[1] if found else None
 
 
 def _same_work(config: GraceConfig, artifact: Artifact) -> bool:

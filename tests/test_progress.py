@@ -157,6 +157,7 @@ def made(
         pass
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest |= {"seconds": seconds, "created": f"2026-01-02T03:04:{number:02d}+00:00"}
+    del manifest["checksum"]  # it is that of the durations before
     (folder / "manifest.json").write_text(json.dumps(manifest))
     return name
 
@@ -174,6 +175,9 @@ def test_earlier_durations_count_for_the_same_work_alone(tmp_path: Path) -> None
     with EventWriter(tmp_path / "work" / resumed / "metrics.jsonl") as events:
         events.write(resume(90, 1.0))
     assert earlier_seconds(config, "bf16") == 80.0, "a manifest knows its last attempt alone"
+    damaged = made(config, "bf16", 4.0, {"training": training}, number=5)
+    (tmp_path / "artifacts" / damaged / "manifest.json").write_text("{")
+    assert earlier_seconds(config, "bf16") == 80.0, "the stage that needs it says so"
     evaluation = config.evaluation.model_dump(mode="json")
     made(config, "evaluate-w4", 11.0, evaluation, number=1)
     assert earlier_seconds(config, "evaluate-w4") == 11.0
