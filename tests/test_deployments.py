@@ -9,6 +9,7 @@ import sys
 import threading
 import urllib.error
 from collections.abc import Iterator
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,28 @@ def stand_ins(set_up_again: str, prefect: Deployed) -> Deployed:
     return prefect
 
 
+@dataclass(frozen=True)
+class Started:
+    """A run of a deployment, and where it works."""
+
+    run: str
+    run_dir: Path
+    overrides: list[str]
+
+
 @pytest.fixture(scope="module")
-def finished(stand_ins: Deployed, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run of the whole pipeline on a configuration that demands an approval."""
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    overrides = [f"run_dir={run_dir}", "publish.approval=true"]
-    run = stand_ins.start("grace/full-pipeline", overrides=overrides)
-    return {"run": stand_ins.wait(run), "run_dir": run_dir, "overrides": overrides}
+def started(stand_ins: Deployed, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Started]:
+    """The first run of each test, started side by side, by deployment; each in its own folder."""
+    runs = {}
+    for deployment, overrides in (
+        ("grace/full-pipeline", ["quantize.variants=[w4]", "publish.approval=true"]),
+        ("grace-data/data", []),
+        ("grace/scheduled-retrain", ["quantize.variants=[w4]"]),
+    ):
+        run_dir = tmp_path_factory.mktemp("work") / "run"
+        given = [f"run_dir={run_dir}", *overrides]
+        runs[deployment] = Started(stand_ins.start(deployment, overrides=given), run_dir, given)
+    return runs
 
 
 def grace_setup(services: Services, *arguments: str, code: int = 0) -> str:
@@ -94,6 +110,26 @@ def test_setup_again_changes_nothing_and_keeps_the_schedule_on(
     assert schedule["schedule"] == {"cron": "0 2 * * 6", "timezone": "UTC", "day_or": True}
 
 
+def test_every_deployment_has_a_form_and_a_pool(set_up_again: str, prefect: Deployed) -> None:
+    pools = {"data": "grace-cpu", "publish": "grace-cpu"}
+    found = {item["name"]: item for item in prefect.call("POST", "/deployments/filter", {})}
+    assert found.keys() == {
+        *("full-pipeline", "scheduled-retrain"),
+        *("data", "distill", "quantize", "release", "evaluate", "publish"),
+    }
+    for name, item in found.items():
+        assert item["enforce_parameter_schema"], name
+        assert item["work_pool_name"] == pools.get(name, "grace-gpu")
+        assert item["work_queue_name"] == ("default" if name in pools else "train")
+        (step,) = item["pull_steps"]
+        assert step["prefect.deployments.steps.set_working_directory"]["directory"] == str(ROOT)
+        form = item["parameter_openapi_schema"]["properties"]
+        assert {"config", "overrides"} <= form.keys(), name
+        assert all(field.get("description") for field in form.values()), name
+    publish = found["full-pipeline"]["parameter_openapi_schema"]["properties"]["publish"]
+    assert publish["type"] == "boolean"
+
+
 def test_setup_changes_only_what_differs(
     services: Services, prefect: Deployed, set_up_again: str
 ) -> None:
@@ -122,14 +158,15 @@ def test_setup_says_what_is_wrong_with_a_notification_block(services: Services) 
 
 
 def test_an_approval_is_asked_for_by_a_run_of_its_own(
-    finished: dict[str, Any], stand_ins: Deployed, services: Services
+    started: dict[str, Started], stand_ins: Deployed, services: Services
 ) -> None:
     """The pipeline ends with its scores and nothing published, and says where it is asked."""
-    run = finished["run"]
+    pipeline = started["grace/full-pipeline"]
+    run_dir, run = pipeline.run_dir, stand_ins.wait(pipeline.run)
     assert run["state"]["name"] == "Completed", stand_ins.explain(run)
     assert run["work_queue_name"] == "train"
-    assert publications(finished["run_dir"]) == []
-    assert (finished["run_dir"] / "results.json").is_file()
+    assert publications(run_dir) == []
+    assert (run_dir / "results.json").is_file()
     assert "asks a person" in stand_ins.artifact(run["id"], "publication")
 
     client = MlflowClient(services.mlflow)
@@ -142,12 +179,12 @@ def test_an_approval_is_asked_for_by_a_run_of_its_own(
     assert refused["work_pool_name"] == "grace-cpu"
     shown = stand_ins.artifact(asking, "approval")
     assert "75.0" in shown, "the scores"
-    assert str(finished["run_dir"] / "releases" / "Toy-GRACE-W4G128") in shown
+    assert str(run_dir / "releases" / "Toy-GRACE-W4G128") in shown
 
     # Two more, to be cancelled and approved; they start while the first is answered.
     publisher = "grace-publish/publish"
     cancelled, approved = (
-        stand_ins.start(publisher, overrides=finished["overrides"]) for _ in range(2)
+        stand_ins.start(publisher, overrides=pipeline.overrides) for _ in range(2)
     )
 
     wrong = stand_ins.resume(asking, approve=True)
@@ -157,19 +194,19 @@ def test_an_approval_is_asked_for_by_a_run_of_its_own(
     refused = stand_ins.wait(asking)
     assert (refused["state"]["type"], refused["state"]["name"]) == ("COMPLETED", "Rejected")
     assert refused["state"]["message"] == "refused by Ada: W4 lost too much"
-    assert publications(finished["run_dir"]) == []
+    assert publications(run_dir) == []
 
     stand_ins.wait(cancelled, until="PAUSED")
     state = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
     stand_ins.call("POST", f"/flow_runs/{cancelled}/set_state", state)
     assert stand_ins.wait(cancelled)["state"]["name"] == "Cancelled"
-    assert publications(finished["run_dir"]) == []
+    assert publications(run_dir) == []
 
     stand_ins.wait(approved, until="PAUSED")
     stand_ins.resume(approved, approve=True, reviewer=" Grace ", note="")
     done = stand_ins.wait(approved)
     assert done["state"]["name"] == "Completed", stand_ins.explain(done)
-    (publication,) = publications(finished["run_dir"])
+    (publication,) = publications(run_dir)
     approval = publication["facts"]["approval"]
     assert approval["by"] == "Grace"
     (recorded,) = client.search_runs(
@@ -182,32 +219,17 @@ def test_an_approval_is_asked_for_by_a_run_of_its_own(
     assert flow.data.tags["grace.approval"] == "approved"
 
 
-def test_a_scheduled_run_works_only_when_there_is_something_new(
-    stand_ins: Deployed, tmp_path: Path
-) -> None:
-    def scheduled(*more: str) -> dict[str, Any]:
-        overrides = [f"run_dir={tmp_path}/run", *more]
-        run = stand_ins.start(
-            "grace/scheduled-retrain",
-            config="configs/toy.yaml",
-            overrides=overrides,
-            only_if_new=True,
-        )
-        return stand_ins.wait(run)
-
-    def trained() -> int:
-        return len(list((tmp_path / "run" / "artifacts").glob("bf16-*")))
-
-    first = scheduled()
+def test_a_scheduled_run_works_once(started: dict[str, Started], stand_ins: Deployed) -> None:
+    """`only_if_new` is the deployment's own; what counts as new is tested in test_flows."""
+    scheduled = started["grace/scheduled-retrain"]
+    first = stand_ins.wait(scheduled.run)
     assert first["state"]["name"] == "Completed", stand_ins.explain(first)
-    assert trained() == 1
-    second = scheduled()
+    assert len(publications(scheduled.run_dir)) == 1
+    again = stand_ins.start("grace/scheduled-retrain", overrides=scheduled.overrides)
+    second = stand_ins.wait(again)
     assert (second["state"]["type"], second["state"]["name"]) == ("COMPLETED", "Nothing new")
     assert "data" in second["state"]["message"]
     assert "teacher" in second["state"]["message"]
-    third = scheduled("data.source.records=99")
-    assert third["state"]["name"] == "Completed", stand_ins.explain(third)
-    assert trained() == 2
 
 
 class Receiver(BaseHTTPRequestHandler):
@@ -256,12 +278,14 @@ CustomWebhookNotificationBlock(
         assert part in message["body"]
 
 
-def test_a_stage_has_a_deployment_of_its_own(stand_ins: Deployed, tmp_path: Path) -> None:
-    run = stand_ins.start("grace-data/data", overrides=[f"run_dir={tmp_path}/run"])
-    done = stand_ins.wait(run)
+def test_a_stage_has_a_deployment_of_its_own(
+    started: dict[str, Started], stand_ins: Deployed
+) -> None:
+    data = started["grace-data/data"]
+    done = stand_ins.wait(data.run)
     assert done["state"]["name"] == "Completed", stand_ins.explain(done)
     assert done["work_pool_name"] == "grace-cpu"
-    made = sorted(path.name.split("-")[0] for path in (tmp_path / "run/artifacts").glob("[!.]*"))
+    made = sorted(path.name.split("-")[0] for path in data.run_dir.glob("artifacts/[!.]*"))
     assert made == ["data", "world"]
 
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -19,7 +17,12 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 from prefect import get_client
-from prefect.cli.deploy._models import DeploymentConfig, PrefectYamlModel, WorkPoolConfig
+from prefect.cli.deploy._models import (
+    DeploymentConfig,
+    PrefectYamlModel,
+    RawScheduleConfig,
+    WorkPoolConfig,
+)
 from prefect.client.schemas.filters import (
     FlowRunFilter,
     FlowRunFilterId,
@@ -27,16 +30,17 @@ from prefect.client.schemas.filters import (
     LogFilterFlowRunId,
 )
 from prefect.logging.handlers import APILogWorker
-from prefect.settings import PREFECT_API_URL
 from prefect.testing.utilities import prefect_test_harness
+from prefect.workers.process import ProcessWorker
 
 from flows.pipeline import grace
-from flows.stages import data, distill, evaluate, quantize
-from grace_core.errors import ConfigError
+from flows.stages import data, distill, evaluate, publish, quantize
+from grace_core.errors import ConfigError, GraceError
 from grace_core.events import Event
 from grace_core.launch.output import stream
 from grace_core.launch.process_group import ProcessesFailed
 from grace_core.lineage.graph import Lineage
+from operations.automations import HEARTBEAT_SECONDS, ZOMBIE_AFTER
 from tests.stand_in_stages import StandIns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,11 +49,6 @@ ALL_STAGES = [
     *("benchmarks", "evaluate-teacher", "evaluate-baseline"),
     *("evaluate-bf16", "evaluate-w8", "evaluate-w4", "publish"),
 ]
-DEPLOYMENTS = {
-    *("grace/full-pipeline", "grace-data/data", "grace-distill/distill"),
-    *("grace-quantize/quantize", "grace-release/release", "grace-evaluate/evaluate"),
-    "grace-publish/publish",
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -390,35 +389,55 @@ def test_a_fitted_teacher_teaches_and_is_scored(stages: StandIns, overrides: lis
     assert rows["teacher"].artifact().manifest.parents["model"].kind == "teacher"
 
 
-@pytest.mark.slow
-def test_the_deployments_are_registered_with_forms() -> None:
-    subprocess.run(
-        [sys.executable, "-m", "prefect", "work-pool", "create", "grace-local", "-t", "process"],
-        env=os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()},
-        check=True,
-    )
-    subprocess.run(
-        [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"],
-        cwd=ROOT,
-        env=os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()},
-        check=True,
-    )
-    with get_client(sync_client=True) as client:
-        found = {
-            f"{client.read_flow(item.flow_id).name}/{item.name}": item
-            for item in client.read_deployments()
-        }
-    assert found.keys() == DEPLOYMENTS
-    for name, item in found.items():
-        assert item.enforce_parameter_schema, name
-        assert item.work_pool_name == "grace-local"
-        (step,) = item.pull_steps
-        assert step["prefect.deployments.steps.set_working_directory"]["directory"] == str(ROOT)
-        form = item.parameter_openapi_schema["properties"]
-        assert {"config", "overrides"} <= form.keys(), name
-        assert all(field.get("description") for field in form.values()), name
-    publish = found["grace/full-pipeline"].parameter_openapi_schema["properties"]["publish"]
-    assert publish["type"] == "boolean"
+def test_a_scheduled_run_works_only_when_there_is_something_new(
+    stages: StandIns, overrides: list[str], tmp_path: Path
+) -> None:
+    def scheduled(*more: str) -> str:
+        grace("configs/toy.yaml", [*overrides, *more], only_if_new=True)
+        return str(newest_flow_run().state_name)
+
+    stages.fail_at = "w8"
+    with pytest.raises(ValueError, match="w8 went wrong"):
+        scheduled()
+    stages.fail_at = None
+    assert scheduled() == "Completed", "one that failed is tried again"
+    stages.made.clear()
+    assert scheduled() == "Nothing new"
+    assert stages.made == []
+    assert "unchanged" in newest_flow_run().state.message
+    assert scheduled("data.source.records=99") == "Completed"
+    assert "bf16" in stages.made
+    teacher = tmp_path / "teacher"
+    shutil.copytree(ROOT / "assets/toy/teacher", teacher)
+    named = ["data.source.records=99", f"models.teacher.path={teacher}"]
+    assert scheduled(*named) == "Nothing new", "the same teacher in another place"
+    (teacher / "generation_config.json").write_text("{}")
+    assert scheduled(*named) == "Completed"
+
+
+def test_an_approval_needs_the_deployment_that_asks_before_any_work(
+    stages: StandIns, overrides: list[str]
+) -> None:
+    with pytest.raises(GraceError, match="run `grace setup`"):
+        grace("configs/toy.yaml", [*overrides, "publish.approval=true"])
+    assert stages.made == []
+
+
+def test_publishing_without_a_question_trains_nothing_and_records_that_nobody_was_asked(
+    stages: StandIns, overrides: list[str]
+) -> None:
+    with pytest.raises(GraceError, match="stage world is not done"):
+        publish("configs/toy.yaml", overrides, ask=False)
+    assert stages.made == []
+    grace("configs/toy.yaml", overrides, publish=False)
+    stages.made.clear()
+    published = publish("configs/toy.yaml", [*overrides, "publish.approval=true"], ask=False)
+    assert stages.made == ["publish"]
+    assert published.artifact().manifest.facts["approval"]["by"].startswith("nobody")
+    # The demand for an approval is no part of what was published.
+    again = publish("configs/toy.yaml", overrides, ask=True)
+    assert again.path == published.path
+    assert stages.made == ["publish"], "all of it is there, and nobody is asked"
 
 
 def test_prefect_yaml_has_only_keys_that_prefect_knows() -> None:
@@ -429,3 +448,24 @@ def test_prefect_yaml_has_only_keys_that_prefect_knows() -> None:
     for deployment in tree["deployments"]:
         assert deployment.keys() <= DeploymentConfig.model_fields.keys()
         assert deployment["work_pool"].keys() <= WorkPoolConfig.model_fields.keys()
+        for schedule in deployment.get("schedules", []):
+            assert schedule.keys() <= RawScheduleConfig.model_fields.keys()
+            assert schedule["active"] is False
+        # A limit of the deployment would end a long training whose lease is not renewed in time.
+        assert "concurrency_limit" not in deployment
+
+
+def test_pool_templates_have_what_prefects_worker_fills_in() -> None:
+    ours = json.loads((ROOT / "configs/work-pools/grace-gpu.json").read_text())
+    assert ours == json.loads((ROOT / "configs/work-pools/grace-cpu.json").read_text())
+    theirs = ProcessWorker.get_default_base_job_template()
+    assert ours["job_configuration"] == theirs["job_configuration"]
+    assert ours["variables"]["properties"].keys() == theirs["variables"]["properties"].keys()
+    environment = ours["variables"]["properties"]["env"]["default"]
+    known = {f"PREFECT_{name}" for name in ("CLIENT_MAX_RETRIES", "FLOWS_HEARTBEAT_FREQUENCY")}
+    assert known <= environment.keys()
+    # Prefect waits 2, 4, 8 ... seconds between its attempts: 62 in all by default.
+    attempts = int(environment["PREFECT_CLIENT_MAX_RETRIES"])
+    assert sum(2**attempt for attempt in range(1, attempts + 1)) > 120
+    assert int(environment["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]) == HEARTBEAT_SECONDS
+    assert ZOMBIE_AFTER.total_seconds() >= 3 * HEARTBEAT_SECONDS
