@@ -59,7 +59,7 @@ class Fault:
     it has never reached, and a worker takes the runs along that it is starting."""
 
     weight: int = 1
-    """How often it is chosen, against the others; those that cost minutes are rare."""
+    """How often it is chosen, against the others, once each was; those that last are rare."""
 
 
 def _kill_one(found: list[psutil.Process], scene: Scene, number: signal.Signals) -> bool:
@@ -167,17 +167,17 @@ def ballast(run_dir: Path) -> Path:
 
 
 FAULTS: tuple[Fault, ...] = (
-    Fault("SIGKILL a rank", _kill_rank, "FAILED", TRAININGS, weight=3),
-    Fault("SIGTERM a rank", _terminate_rank, "FAILED", TRAININGS, weight=2),
-    Fault("SIGKILL the launcher", _kill_launcher, "FAILED", TRAININGS, weight=3),
-    Fault("disk full in a checkpoint", _fill_disk, "FAILED", TRAININGS, weight=3),
-    Fault("SIGKILL the flow", _kill_flow, "CRASHED", weight=4),
-    Fault("SIGTERM the flow", _terminate_flow, "CRASHED", weight=3),
-    Fault("cancel from the API", _cancel, "CANCELLED", weight=4),
+    Fault("SIGKILL a rank", _kill_rank, "FAILED", TRAININGS, weight=6),
+    Fault("SIGTERM a rank", _terminate_rank, "FAILED", TRAININGS, weight=4),
+    Fault("SIGKILL the launcher", _kill_launcher, "FAILED", TRAININGS, weight=6),
+    Fault("disk full in a checkpoint", _fill_disk, "FAILED", TRAININGS, weight=6),
+    Fault("SIGKILL the flow", _kill_flow, "CRASHED", weight=8),
+    Fault("SIGTERM the flow", _terminate_flow, "CRASHED", weight=6),
+    Fault("cancel from the API", _cancel, "CANCELLED", weight=8),
     Fault("SIGKILL worker and flow", _kill_worker_and_flow, "CRASHED", weight=1),
-    Fault("SIGKILL the worker", _kill_worker, None, needed_to_start=True, weight=4),
-    Fault("SIGKILL Prefect", _kill_prefect, None, needed_to_start=True, weight=4),
-    Fault("SIGKILL MLflow", _kill_mlflow, None, weight=4),
+    Fault("SIGKILL the worker", _kill_worker, None, needed_to_start=True, weight=12),
+    Fault("SIGKILL Prefect", _kill_prefect, None, needed_to_start=True, weight=12),
+    Fault("SIGKILL MLflow", _kill_mlflow, None, weight=12),
     Fault("Prefect away for a minute", _lose_prefect, None, needed_to_start=True, weight=1),
     Fault("MLflow away for a minute", _lose_mlflow, None, weight=1),
 )

@@ -140,7 +140,7 @@ class Campaign:
         lasting = [f for f in FAULTS if f.ends is None and f.name not in unsuitable]
         before = left[: left.index(stage) + 1]
         plan = [self._planned(last, stage)]
-        for _ in range(self._chance.choice((1, 2, 2, 3))):
+        for _ in range(self._chance.choice((2, 2, 3, 3))):
             plan.append(self._planned(self._rarest(lasting, before), self._place(before)))
         return sorted(plan, key=lambda item: (STAGES.index(item.stage), item.delay))
 
