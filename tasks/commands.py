@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 from collections.abc import Mapping
 from typing import Any
@@ -14,6 +15,9 @@ _SUBCOMMANDS = {"grace": "run"} | {
     for name in ("data", "distill", "quantize", "release", "evaluate", "publish")
 }
 """What `grace` calls a flow."""
+
+_PLAIN = re.compile(r"[A-Za-z_./][\w./ -]*")
+_JSON_WORDS = ("true", "false", "null", "NaN", "Infinity")
 
 
 def commands_to_continue() -> list[str]:
@@ -51,10 +55,6 @@ def grace_command(subcommand: str, parameters: Mapping[str, Any]) -> str:
 
 
 def _as_parameter(value: Any) -> str:
-    if not isinstance(value, str):
-        return json.dumps(value)
-    try:
-        json.loads(value)
-    except ValueError:
-        return value
-    return json.dumps(value)  # a text such as 3, which would be read as a number
+    """JSON, and a path or a name as it is: such a text is not JSON, and Prefect takes it whole."""
+    plain = isinstance(value, str) and _PLAIN.fullmatch(value) and value not in _JSON_WORDS
+    return str(value) if plain else json.dumps(value)

@@ -53,6 +53,20 @@ def _reason(value: Any) -> Reason:
     return caught.value.reason
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl"])
+def test_how_far_the_reading_is(tmp_path: Path, suffix: str) -> None:
+    """Two files of several megabytes: it grows, and ends with all bytes of both."""
+    records = [_good() | {"id": "x" * 1000} for _ in range(3000)]
+    lines = "\n".join(json.dumps(record) for record in records)
+    text = json.dumps(records) if suffix == "json" else lines
+    files = [tmp_path / f"{number}.{suffix}" for number in (1, 2)]
+    for file in files:
+        file.write_text(text)
+    positions = [raw.bytes_read for raw in read_records(files)]
+    assert positions == sorted(positions)
+    assert 0 < positions[0] < positions[2999] <= len(text) < positions[-1] == 2 * len(text)
+
+
 def test_a_record_is_parsed_whole() -> None:
     assert _parse(_good()) == Record(
         "a",

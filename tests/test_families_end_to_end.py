@@ -163,6 +163,9 @@ def test_records_are_used_or_quarantined(run: Run) -> None:
     held_out = load_from_disk(str(run.data.path / "held_out"))
     assert len(train) + len(held_out) == 12 and len(held_out) > 0
     assert {len(images) for images in train["images"]} == {0, 1, 2}
+    # How many records a file holds is not known before its end: progress is in bytes.
+    last = [event.values for event in run.events if event.stage == "data"][-1]
+    assert last["done"] == last["total"] > 1000
 
 
 @pytest.mark.parametrize("stage", ["bf16", "w4"])
@@ -239,7 +242,8 @@ def test_what_is_done_is_not_done_again(run: Run) -> None:
 
 
 def test_the_releases_are_evaluated_and_published(run: Run) -> None:
-    context = StageContext()
+    events: list[Event] = []
+    context = StageContext(events.append)
     evaluations = {
         label: stages.evaluate(run.config, label, model, context)
         for label, model in {"baseline": None, **run.released}.items()
@@ -250,6 +254,11 @@ def test_the_releases_are_evaluated_and_published(run: Run) -> None:
         for benchmark in summary["benchmarks"].values():
             assert benchmark["total"] == 6
             assert benchmark["answered"] == 6, "each item got a response, right or wrong"
+    of_w4 = [event.values for event in events if event.stage == "evaluate-w4"]
+    done = [values["done"] for values in of_w4]
+    held_out = run.data.manifest.metrics["held_out"]
+    assert done == sorted(done)
+    assert done[-1] == of_w4[0]["total"] == 2 * 6 + held_out  # two benchmarks
     published = stages.publish(run.config, run.released, evaluations, context)
     results = json.loads((published.path / "results.json").read_text())
     assert results["rows"].keys() == {"baseline", "bf16", "w4"}

@@ -16,11 +16,13 @@ from prefect.client.schemas.objects import State
 from grace_core.artifacts import Artifact
 from grace_core.config import GraceConfig, load_config
 from grace_core.events import Event
+from grace_core.failure import Kind
 from grace_core.stages import StageContext
 from tasks.forwarding import MetricForwarder, TrackingUnavailable
 from tasks.lineage import log_scores, register_release
 from tasks.mlflow_runs import open_parent_run
 from tasks.tracked import StageRef, run_stage
+from tasks.watch import Watch
 from tests.stand_in_stages import StandIns, checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -238,15 +240,22 @@ def test_an_outage_loses_and_doubles_nothing(
     assert [metric.step for metric in history] == list(steps)
 
 
-def test_a_lasting_outage_is_told(parent: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lasting_outage_is_told(
+    config: GraceConfig, parent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def log_batch(*_: Any, **__: Any) -> None:
         raise MlflowException("connection refused")
 
     monkeypatch.setattr(MlflowClient, "log_batch", log_batch)
     forwarder = MetricForwarder(lambda: parent, close_seconds=0.0)
     forwarder.on_event(Event(1.0, "bf16", 1, "train", {"loss": 1.0}))
-    with pytest.raises(TrackingUnavailable, match=r"connection refused.*run again"):
+    with pytest.raises(TrackingUnavailable, match=r"connection refused.*run again") as caught:
         forwarder.close()
+    watch = Watch(config, "distill")
+    watch.started("bf16")
+    told = watch.failed(caught.value)
+    assert (told.kind, told.stage) == (Kind.TRACKING, "bf16")
+    assert "connection refused" in (config.run_dir / "failure.md").read_text()
 
 
 def test_scores_stand_on_the_released_model_with_their_benchmark(

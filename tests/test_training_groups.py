@@ -26,7 +26,9 @@ from torch import Tensor
 from grace_core.config.model import Distillation
 from grace_core.data.packing import rows_of_steps
 from grace_core.events import Event, read_events
+from grace_core.failure import Failure, Kind, failure_of
 from grace_core.launch.local import torchrun_command
+from grace_core.launch.process_group import ProcessesFailed
 from grace_core.models.families import set_trainable
 from grace_core.models.loading import load_model, read_checkpoint
 from grace_core.models.visual_inputs import VisualInputs
@@ -574,6 +576,12 @@ def run_worker(world: World, name: str, job: dict[str, Any], ranks: int) -> Any:
     return start("grace_core.training.worker", [str(file)], ranks, work / name)
 
 
+def reported(output: str, world: World) -> Failure:
+    """The failure report on a group that wrote this."""
+    error = ProcessesFailed("its processes ended with exit code 1", 1, output.splitlines())
+    return failure_of(error, world.root, stage="bf16")
+
+
 def test_sigterm_to_the_agent_saves_and_ends_every_process(world: World) -> None:
     """The real worker, ZeRO-2, two ranks: stopped from outside, continued, and nothing changed."""
     job = long_job(world, "long-stopped")
@@ -595,6 +603,8 @@ def test_sigterm_to_the_agent_saves_and_ends_every_process(world: World) -> None
     assert not [p for p in ranks if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     text = (work / "first" / "output").read_text()
     assert "saved, nothing is lost" in text
+    told = reported(text, world)
+    assert told.kind == Kind.STOPPED and "saved, nothing is lost" in told.cause
     done = len(world.metrics("long-stopped"))
     assert 3 <= done < LONG_STEPS
     saved = latest_checkpoint(work / "checkpoints", Layout(2, 2))
@@ -625,5 +635,8 @@ def test_a_worker_that_diverges_says_so_and_fails(world: World) -> None:
         end(agent)
     text = (Path(job["work"]) / "log" / "output").read_text()
     assert "error: stage bf16, step 1: cross_entropy is nan; training stopped" in text
+    told = reported(text, world)
+    assert told.kind == Kind.DIVERGED
+    assert told.cause.startswith("error: stage bf16, step 1: cross_entropy is nan")
     assert not (Path(job["work"]) / "trained").exists()
     assert not list(Path(job["work"]).glob("checkpoints/step-*"))

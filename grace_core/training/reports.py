@@ -47,9 +47,11 @@ def memory_gib(device: torch.device) -> dict[str, float]:
     process's resident set.
     """
     if device.type == "cuda":
+        # Asked once: each of PyTorch's functions for a single number sorts through all of them.
+        stats = torch.cuda.memory_stats_as_nested_dict(device)
         return {
-            "memory_allocated_gib": torch.cuda.max_memory_allocated(device) / _GIB,
-            "memory_reserved_gib": torch.cuda.max_memory_reserved(device) / _GIB,
+            f"memory_{name}_gib": stats[f"{name}_bytes"]["all"]["peak"] / _GIB
+            for name in ("allocated", "reserved")
         }
     return {"memory_resident_gib": psutil.Process().memory_info().rss / _GIB}
 
