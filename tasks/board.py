@@ -19,6 +19,8 @@ from prefect.artifacts import (
 )
 from prefect.client.schemas.actions import ArtifactUpdate
 
+from operations.flow_run_states import STAGE_LABEL
+
 logger = logging.getLogger(__name__)
 
 _UPDATE_SECONDS = 10.0
@@ -31,15 +33,21 @@ class Drawing:
     percent: float
     words: str
     numbers: str
+    stage: str | None = None
+    """The stage at work; None between stages."""
 
 
 class Board:
-    """Shows what `draw` returns as artifacts `progress` and `numbers`, now and then."""
+    """Shows what `draw` returns as artifacts `progress` and `numbers`, now and then.
+
+    The stage at work is a label of the flow run too, for messages about its end.
+    """
 
     def __init__(self, draw: Callable[[], Drawing]) -> None:
         self._draw = draw
         self._progress: UUID | None = None
         self._numbers: UUID | None = None
+        self._labelled: str | None = None
         self._shown: Drawing | None = None
         self._told = False
         self._closing = threading.Event()
@@ -77,6 +85,10 @@ class Board:
             self._shown, self._told = drawing, False
 
     def _send(self, drawing: Drawing) -> None:
+        if drawing.stage is not None and drawing.stage != self._labelled:
+            with get_client(sync_client=True) as client:
+                client.update_flow_run_labels(runtime.flow_run.id, {STAGE_LABEL: drawing.stage})
+            self._labelled = drawing.stage
         percent, words = drawing.percent, drawing.words
         numbers = f"{drawing.numbers}\n\nAs of {datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC."
         if self._progress is None:

@@ -18,7 +18,7 @@ from typing import Any, ParamSpec, cast
 import mlflow
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from prefect import get_client, runtime, task
+from prefect import task
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, TaskRun
@@ -34,7 +34,6 @@ from grace_core.plan import Goal
 from grace_core.progress import StageMeter, StageProgress
 from grace_core.stages import StageContext
 from operations.check_mlflow import AREA as MLFLOW
-from operations.flow_run_states import STAGE_LABEL
 from operations.mlflow_names import is_model
 from tasks.examine import examine
 from tasks.flow_output import keep_output
@@ -182,7 +181,6 @@ def run_stage(
     Raises what the stage raises, and TrackingUnavailable when MLflow is away for too long.
     """
     done_before = {folder.name for folder in (config.run_dir / "artifacts").glob(f"{stage}-*")}
-    _label_flow_run(stage)
     child = StageRun(config, parent_run, stage)
     forwarder = MetricForwarder(child.open)
     began, watch = time.time(), current_watch()
@@ -249,14 +247,6 @@ def _progress_event(event: Event, progress: StageProgress) -> Event | None:
     if progress.seconds_left is not None:
         values["seconds_left"] = progress.seconds_left
     return Event(event.time, event.stage, event.step, "progress", values)
-
-
-def _label_flow_run(stage: str) -> None:
-    """Say where the flow run is, so that a message about its end can name the stage."""
-    flow_run_id = runtime.flow_run.id
-    if flow_run_id is not None:
-        with get_client(sync_client=True) as client:
-            client.update_flow_run_labels(flow_run_id, {STAGE_LABEL: stage})
 
 
 def _metrics_file(config: GraceConfig, artifact: Artifact) -> Path:

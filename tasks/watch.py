@@ -116,7 +116,7 @@ class Watch:
             rows = [f"| {name} | {value:.6g} |" for name, value in shown.items()]
             lines.append("\n".join(["| now | |", "|---|---|", *rows]))
         percent = round(100.0 * (progress.fraction or 0.0), 1)
-        return Drawing(percent, words, "\n\n".join(lines))
+        return Drawing(percent, words, "\n\n".join(lines), stage.stage)
 
 
 _SAID_ALREADY = ("steps", "done", "total")
