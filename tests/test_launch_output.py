@@ -45,7 +45,8 @@ def test_warnings_of_every_rank_are_streamed_and_rank_0_whole(
     program = (
         "import sys\n"
         "for line in ('[default0]:step 1', '[default1]:step 1', '[default1]:x WARNING y: z',\n"
-        "             '[default12]:ValueError: bad row'):\n"
+        "             '[default12]:ValueError: bad row',\n"
+        "             *[f'[default{rank}]:/lib/a.py:3: FutureWarning: old' for rank in (1, 0)]):\n"
         "    print(line, file=sys.stderr)\n"
     )
     with caplog.at_level(logging.INFO, "grace_core"):
@@ -61,6 +62,7 @@ def test_warnings_of_every_rank_are_streamed_and_rank_0_whole(
         ("INFO", "[default0]:step 1"),
         ("WARNING", "[default1]:x WARNING y: z"),
         ("ERROR", "[default12]:ValueError: bad row"),
+        ("WARNING", "[default1]:/lib/a.py:3: FutureWarning: old"),
     ]
 
 

@@ -23,7 +23,8 @@ _ERROR = re.compile(
     r"|\b(?:ERROR|CRITICAL) (?P<logged>.+)"
 )
 _ERROR_BEGINS = re.compile(r"^Traceback \(most recent call last\):")
-_WARNING = re.compile(r"\bWARNING\b|^[\w./-]+:\d+: \w*Warning:")
+_WARNING = re.compile(r"\bWARNING\b")
+_LIBRARY_WARNING = re.compile(r"[^:]+:\d+: \w*Warning:")
 _ATTEMPT = "attempt-"
 
 
@@ -70,13 +71,27 @@ def level_of(line: str) -> int:
     line = unmarked(line)
     if _ERROR.search(line) or _ERROR_BEGINS.search(line):
         return logging.ERROR
-    return logging.WARNING if _WARNING.search(line) else logging.INFO
+    warns = _WARNING.search(line) or _LIBRARY_WARNING.match(line)
+    return logging.WARNING if warns else logging.INFO
 
 
-def is_streamed(line: str) -> bool:
-    """Whether whoever watches is shown a line: all of rank 0, and what other ranks warn of."""
-    marked = _RANK_LINE.match(line)
-    return marked is None or marked.group(1) == "0" or level_of(line) > logging.INFO
+class Shown:
+    """Which lines whoever watches is shown: all of rank 0, and what other ranks warn of.
+
+    A warning of a Python library is shown once: some come at every step, from every rank.
+    """
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+
+    def __contains__(self, line: str) -> bool:
+        text = unmarked(line)
+        if _LIBRARY_WARNING.match(text):
+            again = text in self._told
+            self._told.add(text)
+            return not again
+        marked = _RANK_LINE.match(line)
+        return marked is None or marked.group(1) == "0" or level_of(line) > logging.INFO
 
 
 def stream(line: str) -> None:

@@ -27,7 +27,7 @@ import psutil
 
 from grace_core.errors import GraceError
 from grace_core.events import LineReader
-from grace_core.launch.output import first_failure, is_streamed, lines_of_rank, stream
+from grace_core.launch.output import Shown, first_failure, lines_of_rank, stream
 
 logger = logging.getLogger(__name__)
 
@@ -88,12 +88,13 @@ def run_process_group(
         agent = start_process_group(command, env=env, stdout=out_stream, stderr=err_stream)
     started = time.monotonic()
     group: set[psutil.Process] = set()
+    shown = Shown()
 
     def look() -> None:
         group.update(_descendants(agent))
         for reader in followed:
             for line in reader.poll():
-                if is_streamed(line):
+                if line in shown:
                     on_line(line)
         if on_poll is not None:
             on_poll()

@@ -22,7 +22,7 @@ from grace_core.events import LineReader
 from grace_core.launch import slurm_commands as commands
 from grace_core.launch.backend import Program, rank_environment
 from grace_core.launch.node_failure import first_node_failure
-from grace_core.launch.output import is_streamed, last_attempt, stream
+from grace_core.launch.output import Shown, last_attempt, stream
 from grace_core.launch.process_group import (
     FAILED,
     TOOK_TOO_LONG,
@@ -73,11 +73,12 @@ class SlurmBackend:
             LineReader(file, file.stat().st_size if file.exists() else 0) for file in files.output()
         ]
         job: int | None = None
+        shown = Shown()
 
         def look() -> None:
             for reader in followed:
                 for line in reader.poll():
-                    if is_streamed(line):
+                    if line in shown:
                         on_line(line)
             on_poll()
 
