@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import threading
@@ -276,6 +277,12 @@ CustomWebhookNotificationBlock(
     assert message["subject"] == "grace-publish: Failed"
     for part in ("Last stage: world", "stage world is not done", failed["name"], run):
         assert part in message["body"]
+    report = stand_ins.artifact(run, "failure")
+    assert "Stage world failed" in report
+    (command,) = [line for line in report.splitlines() if line.startswith("prefect ")]
+    words = shlex.split(command)
+    assert words[:4] == ["prefect", "deployment", "run", "grace-publish/publish"]
+    assert f"overrides={json.dumps(overrides)}" in words
 
 
 def test_a_stage_has_a_deployment_of_its_own(

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from grace_core.launch.local import torchrun_command
-from grace_core.launch.output import new_attempt
+from grace_core.launch.output import first_error, new_attempt
 from grace_core.launch.process_group import ProcessesFailed, run_process_group
 
 # An agent that starts one rank in a session of its own, as torchrun does, and forwards SIGTERM.
@@ -267,6 +267,7 @@ def test_torchrun_keeps_each_ranks_output(tmp_path: Path, monkeypatch: pytest.Mo
             on_line=lines.append,
         )
     assert "ValueError: bad row in shard-7" in str(caught.value)
+    assert first_error(caught.value.lines) == "ValueError: bad row in shard-7"
     assert any(line.endswith("hello of 0") for line in lines)
     assert not any(line.endswith("hello of 1") for line in lines)
     kept = [file.read_text() for file in sorted((tmp_path / "logs" / "ranks").rglob("stdout.log"))]
