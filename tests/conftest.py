@@ -26,10 +26,13 @@ def shared_data() -> Path:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked `slurm` take minutes on a real cluster: `make slurm-test` asks for them."""
-    if "slurm" in config.option.markexpr:
-        return
-    left_out = [item for item in items if item.get_closest_marker("slurm")]
+    """Tests that take minutes are run when they are asked for: `make slurm-test`, `-m chaos`."""
+    left_out = [
+        item
+        for item in items
+        for marker in ("slurm", "chaos")
+        if item.get_closest_marker(marker) and marker not in config.option.markexpr
+    ]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
