@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -11,6 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import mlflow
@@ -19,6 +21,7 @@ from prefect import get_client
 
 from flows.pipeline import grace
 from grace_core.launch.process_group import end_process_group, start_process_group
+from tests.deployed import Deployed
 from tests.prefect_client import prefect_at
 from tests.stand_in_stages import StandIns
 
@@ -127,3 +130,53 @@ def test_the_flow_runs_and_finds_its_stages_done(
         mlflow.set_tracking_uri(before)
     assert states == ["Completed", "Completed"]
     assert names.count("Cached") == 14
+
+
+def test_what_setup_deploys_runs_in_workers(prefect_api: str, tmp_path: Path) -> None:
+    """From the pipeline over a person's approval to the publication."""
+    environment = os.environ | {
+        "PREFECT_API_URL": prefect_api,
+        "PREFECT_HOME": str(tmp_path / "prefect"),
+        "PREFECT_WORKER_QUERY_SECONDS": "1",
+        "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db",
+    }
+    for expected in ("created", "unchanged"):
+        told = subprocess.run(
+            [sys.executable, "-m", "operations", "setup"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.splitlines()
+        assert {line.split()[0] for line in told if "  " in line} == {expected}
+    prefect = Deployed(prefect_api)
+    prefect.use_stand_in_stages()
+    overrides = [f"run_dir={tmp_path}/run", "quantize.variants=[w4]", "publish.approval=true"]
+    with ExitStack() as stack:
+        for pool in ("grace-gpu", "grace-cpu"):
+            log = stack.enter_context((tmp_path / f"{pool}.log").open("wb"))
+            worker = start_process_group(
+                [
+                    *(sys.executable, "-m", "prefect", "worker", "start"),
+                    *("--pool", pool, "--type", "process"),
+                ],
+                env=environment,
+                stdout=log,
+                stderr=log,
+                folder=ROOT,
+            )
+            stack.callback(end_process_group, worker, set(), grace_seconds=5.0)
+        run = prefect.wait(prefect.start("grace/full-pipeline", overrides=overrides))
+        assert run["state"]["name"] == "Completed", prefect.explain(run)
+        body = {"flows": {"name": {"any_": ["grace-publish"]}}}
+        (asking,) = prefect.call("POST", "/flow_runs/filter", body)
+        prefect.wait(asking["id"], until="PAUSED")
+        prefect.resume(asking["id"], approve=True, reviewer="Ada", note="")
+        done = prefect.wait(asking["id"])
+        assert done["state"]["name"] == "Completed", prefect.explain(done)
+    facts = [
+        json.loads(file.read_text())["facts"]
+        for file in (tmp_path / "run").glob("artifacts/publish-*/manifest.json")
+    ]
+    assert [found["approval"]["by"] for found in facts if found] == ["Ada"]
