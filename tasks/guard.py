@@ -65,8 +65,22 @@ def guarded() -> Iterator[None]:
     thread.start()
     try:
         yield
+    except Exception:
+        over.set()
+        _carry_out_cancellation(UUID(flow_run_id))
+        raise
     finally:
         over.set()  # the thread may be waiting for a server that is away: it is not waited for
+    _carry_out_cancellation(UUID(flow_run_id))
+
+
+def _carry_out_cancellation(flow_run_id: UUID) -> None:
+    """At the end of the work: Prefect would leave a run that is being cancelled as it is."""
+    with get_client(sync_client=True) as client:
+        state = client.read_flow_run(flow_run_id).state
+    if state is not None and state.is_cancelling():
+        _end_this_process(state)
+        signal.pause()  # the signal is on its way
 
 
 def _look(flow_run_id: UUID, over: threading.Event) -> None:
@@ -108,7 +122,7 @@ def _end_this_process(state: State[Any]) -> None:
         logger.warning("this run was marked as %s; it ends now", state.name)
         _ended_as = state
     else:
-        logger.warning("this run is being cancelled, and no worker is there to do it: it ends now")
+        logger.warning("this run is being cancelled, and no worker has done it: it ends now")
         _ended_as = Cancelled(message="Ended by itself: no worker carried out the cancellation")
     os.kill(os.getpid(), signal.SIGTERM)
 

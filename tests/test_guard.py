@@ -24,7 +24,7 @@ from prefect import runtime
 from grace_core.launch.process_group import run_process_group
 from tasks import guard
 
-guard.LOOK_SECONDS, guard.PATIENCE_SECONDS = 0.2, 1.0
+guard.LOOK_SECONDS, guard.PATIENCE_SECONDS = 0.2, float(sys.argv[2])
 folder = Path(sys.argv[1])
 rank = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 
@@ -36,8 +36,12 @@ def work() -> None:
         run_process_group(
             [sys.executable, "-c", rank, str(folder / "rank")], stage="bf16", env=os.environ,
             log_folder=folder / "logs", grace_seconds=5.0, poll_seconds=0.1,
-            on_poll=lambda: None if not (folder / "stop").exists() else sys.exit(7),
+            on_poll=stop,
         )
+
+def stop() -> None:
+    if (folder / "stop").exists():
+        raise RuntimeError("stopped")
 
 work()
 """
@@ -70,10 +74,16 @@ def server() -> Iterator[None]:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A guarded flow at work in a process of its own, and its flow run's id."""
+def run(
+    tmp_path: Path, request: pytest.FixtureRequest
+) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """A guarded flow at work in a process of its own, and its flow run's id.
+
+    The parameter is how many seconds it waits for a worker.
+    """
+    patience = getattr(request, "param", 1.0)
     process = subprocess.Popen(
-        [sys.executable, "-c", FLOW, str(tmp_path)],
+        [sys.executable, "-c", FLOW, str(tmp_path), str(patience)],
         cwd=ROOT,
         env=os.environ | {"PREFECT_API_URL": PREFECT_API_URL.value()},
     )
@@ -114,6 +124,17 @@ def test_a_cancellation_that_nobody_carries_out_is_carried_out(
     assert process.wait(60) != 0
     assert state_of(flow_run_id) == "Cancelled"
     assert not Path(f"/proc/{rank}").exists(), "its processes are ended with it"
+
+
+@pytest.mark.parametrize("run", [1000.0], indirect=True)
+def test_a_run_that_ends_while_it_is_being_cancelled_is_cancelled(
+    run: tuple[subprocess.Popen[bytes], str], tmp_path: Path
+) -> None:
+    process, flow_run_id = run
+    set_state(flow_run_id, Cancelling())
+    (tmp_path / "stop").touch()
+    assert process.wait(60) != 0
+    assert state_of(flow_run_id) == "Cancelled"
 
 
 def test_a_run_that_was_taken_for_dead_goes_on(
