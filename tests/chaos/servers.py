@@ -45,6 +45,9 @@ class Service:
         return self._process is not None and self._process.poll() is None
 
     def start(self) -> None:
+        """Start it unless it runs: two faults may each have wanted it back."""
+        if self.alive:
+            return
         with self.log.open("ab") as log:
             self._process = start_process_group(
                 [sys.executable, *self._arguments],
