@@ -393,7 +393,8 @@ def test_a_scheduled_run_works_only_when_there_is_something_new(
     stages: StandIns, overrides: list[str], tmp_path: Path
 ) -> None:
     def scheduled(*more: str) -> str:
-        grace("configs/toy.yaml", [*overrides, *more], only_if_new=True)
+        short = [*overrides, "quantize.variants=[w8]", *more]
+        grace("configs/toy.yaml", short, only_if_new=True)
         return str(newest_flow_run().state_name)
 
     stages.fail_at = "w8"
@@ -423,14 +424,21 @@ def test_an_approval_needs_the_deployment_that_asks_before_any_work(
     assert stages.made == []
 
 
-def test_publishing_without_a_question_trains_nothing_and_records_that_nobody_was_asked(
+def test_publishing_trains_nothing_and_records_whether_anybody_was_asked(
     stages: StandIns, overrides: list[str]
 ) -> None:
+    overrides = [*overrides, "quantize.variants=[w4]"]
     with pytest.raises(GraceError, match="stage world is not done"):
         publish("configs/toy.yaml", overrides, ask=False)
     assert stages.made == []
     grace("configs/toy.yaml", overrides, publish=False)
     stages.made.clear()
+    with pytest.raises(GraceError, match="nobody answered within"):
+        publish("configs/toy.yaml", overrides, days=2e-5)
+    waited = newest_flow_run()
+    assert waited.state_name == "Failed"
+    assert "again to ask again" in waited.state.message
+    assert stages.made == []
     published = publish("configs/toy.yaml", [*overrides, "publish.approval=true"], ask=False)
     assert stages.made == ["publish"]
     assert published.artifact().manifest.facts["approval"]["by"].startswith("nobody")
