@@ -11,6 +11,7 @@ import mlflow
 from mlflow import MlflowClient
 from mlflow.entities import LoggedModel, Run
 from mlflow.exceptions import MlflowException
+from mlflow.tracking import is_tracking_uri_set
 
 from grace_core.artifacts import MANIFEST, OUTSIDE, Manifest
 from grace_core.errors import GraceError
@@ -40,6 +41,8 @@ class Records:
     """Questions to the tracking server, over all its experiments."""
 
     def __init__(self) -> None:
+        if not is_tracking_uri_set():
+            raise GraceError("MLFLOW_TRACKING_URI is not set; set it to the server's address")
         self._client = MlflowClient()
         self._manifests: dict[str, Manifest] = {}
         try:
