@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
 
@@ -60,7 +61,11 @@ def guarded() -> Iterator[None]:
         return
     over = threading.Event()
     thread = threading.Thread(
-        target=_look, args=(UUID(flow_run_id), over), name="guard", daemon=True
+        # The context holds Prefect's settings, and so the address of its server.
+        target=copy_context().run,
+        args=(_look, UUID(flow_run_id), over),
+        name="guard",
+        daemon=True,
     )
     thread.start()
     try:
