@@ -46,14 +46,15 @@ class Services:
 
 
 @contextmanager
-def servers(folder: Path, root: Path) -> Iterator[Services]:
+def servers(folder: Path, root: Path, ports: tuple[int, int] = (4200, 5000)) -> Iterator[Services]:
     """Prefect and MLflow, their state in `folder`; both answer when this yields.
 
-    root: the checkout, working directory of everything that is started.
+    root: the checkout, working directory of everything that is started; ports: of Prefect and
+    MLflow where they are free, any others where not, or where 0 is given.
     """
     logs = folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    prefect, mlflow = f"http://{HOST}:{free_port(4200)}", f"http://{HOST}:{free_port(5000)}"
+    prefect, mlflow = f"http://{HOST}:{free_port(ports[0])}", f"http://{HOST}:{free_port(ports[1])}"
     services = Services(prefect, mlflow, environment(folder, prefect, mlflow), logs, root)
     artifacts = (folder / "mlflow").absolute()
     with ExitStack() as stack:

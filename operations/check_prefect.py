@@ -87,7 +87,7 @@ def _server(shown: str, client: SyncPrefectClient) -> Iterator[Finding]:
 
 def _set_up(client: SyncPrefectClient) -> Iterator[Finding]:
     """What `grace setup` would still change."""
-    from operations.automations import stuck_automation, zombie_automation
+    from operations.automations import standing_automations
     from operations.prefect_setup import CPU_POOL, GPU_POOL, Setup
 
     setup = Setup(client, Path.cwd(), dry_run=True)
@@ -96,8 +96,7 @@ def _set_up(client: SyncPrefectClient) -> Iterator[Finding]:
             setup.pool(GPU_POOL),
             setup.pool(CPU_POOL),
             setup.train_queue(None),
-            setup.automation(zombie_automation()),
-            setup.automation(stuck_automation()),
+            *map(setup.automation, standing_automations()),
         ]
     except FileNotFoundError as error:
         yield unchecked(

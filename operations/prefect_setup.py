@@ -25,7 +25,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL
 
 from grace_core.errors import GraceError
-from operations.automations import notification_automation, stuck_automation, zombie_automation
+from operations.automations import notification_automation, standing_automations
 from operations.servers import shown_address
 
 GPU_POOL, CPU_POOL = "grace-gpu", "grace-cpu"
@@ -248,8 +248,8 @@ def set_up(
         for pool in (GPU_POOL, CPU_POOL):
             yield setup.pool(pool)
         yield setup.train_queue(gpus)
-        yield setup.automation(zombie_automation())
-        yield setup.automation(stuck_automation())
+        for automation in standing_automations():
+            yield setup.automation(automation)
         if block is not None:
             yield setup.automation(notification_automation(block, completed=completed))
         if deploy:

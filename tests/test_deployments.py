@@ -28,7 +28,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    with servers(tmp_path_factory.mktemp("services"), ROOT) as local, workers(local):
+    with servers(tmp_path_factory.mktemp("services"), ROOT, (0, 0)) as local, workers(local):
         yield local
 
 

@@ -37,7 +37,7 @@ PASSWORD = "NeverToBeSeenAnywhere"
 
 @pytest.fixture(scope="module")
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
-    with servers(tmp_path_factory.mktemp("servers") / "services", ROOT) as running:
+    with servers(tmp_path_factory.mktemp("servers") / "services", ROOT, (0, 0)) as running:
         yield running
 
 

@@ -31,7 +31,7 @@ pytestmark = [
 def services(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Services]:
     """Both servers, the deployments, and a finished run of the whole flow with stand-in stages."""
     folder = tmp_path_factory.mktemp("pages")
-    with servers(folder / "services", ROOT) as local, workers(local, ()):
+    with servers(folder / "services", ROOT, (0, 0)) as local, workers(local, ()):
         yield local
 
 

@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 
 @pytest.fixture
 def services(tmp_path: Path) -> Iterator[Services]:
-    with servers(tmp_path / "services", ROOT) as local, workers(local):
+    with servers(tmp_path / "services", ROOT, (0, 0)) as local, workers(local):
         yield local
 
 
