@@ -151,7 +151,8 @@ class Campaign:
         """One of these stages, those with fewer faults so far first."""
         mixed = self._chance.sample(stages, len(stages))
         chosen = min(mixed, key=lambda stage: self._places[stage])
-        self._places[chosen] += 1
+        # Every attempt has a start, and one that ends there shows nothing of the stages.
+        self._places[chosen] += 3 if chosen == START else 1
         return chosen
 
     def _rarest(self, faults: list[Fault], left: list[str]) -> Fault:
