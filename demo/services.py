@@ -167,6 +167,8 @@ def environment(folder: Path, prefect: str, mlflow: str) -> dict[str, str]:
         "PREFECT_HOME": str((folder / "prefect").absolute()),
         "PREFECT_LOGGING_EXTRA_LOGGERS": "grace_core,tasks,operations",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        # A run waits 40 s for its worker to cancel it (tasks/guard.py), and 20 s for its ranks.
+        "PREFECT_SERVER_SERVICES_CANCELLATION_CLEANUP_CANCELLING_TIMEOUT_SECONDS": "90",
         "PREFECT_SERVER_SERVICES_LATE_RUNS_ENABLED": "false",
         "PREFECT_SERVER_SERVICES_SCHEDULER_ENABLED": "false",
         "PREFECT_WORKER_QUERY_SECONDS": "1",

@@ -18,7 +18,6 @@ from operations.flow_run_states import NOTHING_NEW, REJECTED, STAGE_LABEL
 
 ZOMBIES = "grace: end runs without heartbeats"
 STUCK = "grace: end runs that never start"
-UNCARRIED = "grace: end cancellations that nobody carries out"
 NOTIFY = "grace: tell of runs that ended"
 
 HEARTBEAT_SECONDS = 30  # the least that Prefect allows; set in configs/work-pools
@@ -26,9 +25,6 @@ HEARTBEAT_SECONDS = 30  # the least that Prefect allows; set in configs/work-poo
 ZOMBIE_AFTER = timedelta(seconds=4 * HEARTBEAT_SECONDS)
 # A flow's process imports its libraries first (10 s from a local disk).
 STUCK_AFTER = timedelta(seconds=120)
-
-# The run itself waits 40 s for its worker (tasks/guard.py), and 20 s more for its ranks.
-UNCARRIED_AFTER = timedelta(seconds=90)
 
 _FAILURES = ("Failed", "Crashed", "TimedOut")
 _ENDS = (*_FAILURES, "Completed", "Cancelled", NOTHING_NEW, REJECTED)
@@ -95,34 +91,9 @@ def stuck_automation() -> AutomationCore:
     )
 
 
-def uncarried_automation() -> AutomationCore:
-    """Runs that are being cancelled, and whose process is gone, become Cancelled."""
-    return AutomationCore(
-        name=UNCARRIED,
-        description="Made by `grace setup`. A run that died while it was being cancelled would "
-        "stay in that state.",
-        trigger=EventTrigger(
-            match=_RUNS,
-            match_related=_OUR_FLOWS,
-            for_each={"prefect.resource.id"},
-            after={"prefect.flow-run.Cancelling"},
-            expect=_events(_ENDS),
-            posture=Posture.Proactive,
-            threshold=1,
-            within=UNCARRIED_AFTER,
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CANCELLED,
-                message="Nothing of the run was left to carry out the cancellation.",
-            )
-        ],
-    )
-
-
 def standing_automations() -> tuple[AutomationCore, ...]:
     """Those that every server needs."""
-    return zombie_automation(), stuck_automation(), uncarried_automation()
+    return zombie_automation(), stuck_automation()
 
 
 def notification_automation(block_document_id: UUID, *, completed: bool) -> AutomationCore:
