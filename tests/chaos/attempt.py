@@ -125,7 +125,7 @@ def run_attempt(
                         attempt.expected = (planned.fault.ends,)
                         waiting.clear()  # what would come after the end cannot happen
                         break
-                    if stage == START and planned.fault.needed_to_start:
+                    if planned.fault.may_crash:
                         attempt.expected = ("COMPLETED", "CRASHED")
         if now - asked >= _ASK:
             asked = now
@@ -170,7 +170,7 @@ def _reached(stage: str, planned: str) -> bool:
 
 
 def _can(fault: Fault, stage: str | None) -> bool:
-    return stage in fault.stages if len(fault.stages) < len(STAGES) else True
+    return stage is None or stage in fault.stages
 
 
 def _ended(attempt: Attempt, servers: Servers) -> bool:

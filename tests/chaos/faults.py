@@ -18,9 +18,10 @@ from pathlib import Path
 import psutil
 
 from tests.chaos.servers import Servers
-from tests.chaos.view import STAGES, TRAININGS, agents, flow_process, processes_of, ranks
+from tests.chaos.view import STAGES, START, TRAININGS, agents, flow_process, processes_of, ranks
 
 OUTAGE = 60.0  # seconds that a server does not answer
+_BEGUN = STAGES[1:]  # all but the start
 _SPARE = 4 << 20  # bytes at most left on a full disk; a checkpoint has more than three times that
 
 
@@ -54,9 +55,9 @@ class Fault:
     stages: tuple[str, ...] = STAGES
     """Where it can happen."""
 
-    needed_to_start: bool = False
-    """Whether a run that has not begun yet may end as Crashed: Prefect gives up on a server that
-    it has never reached, and a worker takes the runs along that it is starting."""
+    may_crash: bool = False
+    """Whether a run may also end as Crashed: one that has not begun gives up a server that it has
+    never reached, and goes with the worker that is starting it."""
 
     weight: int = 1
     """How often it is chosen, against the others, once each was; those that last are rare."""
@@ -175,11 +176,13 @@ FAULTS: tuple[Fault, ...] = (
     Fault("SIGTERM the flow", _terminate_flow, "CRASHED", weight=6),
     Fault("cancel from the API", _cancel, "CANCELLED", weight=8),
     Fault("SIGKILL worker and flow", _kill_worker_and_flow, "CRASHED", weight=1),
-    Fault("SIGKILL the worker", _kill_worker, None, needed_to_start=True, weight=12),
-    Fault("SIGKILL Prefect", _kill_prefect, None, needed_to_start=True, weight=12),
+    Fault("SIGKILL the worker", _kill_worker, None, _BEGUN, weight=12),
+    Fault("SIGKILL Prefect", _kill_prefect, None, _BEGUN, weight=12),
     Fault("SIGKILL MLflow", _kill_mlflow, None, weight=12),
-    Fault("Prefect away for a minute", _lose_prefect, None, needed_to_start=True, weight=1),
+    Fault("Prefect away for a minute", _lose_prefect, None, _BEGUN, weight=1),
     Fault("MLflow away for a minute", _lose_mlflow, None, weight=1),
+    Fault("SIGKILL the starting worker", _kill_worker, None, (START,), may_crash=True, weight=1),
+    Fault("SIGKILL Prefect at a start", _kill_prefect, None, (START,), may_crash=True, weight=4),
 )
 
 

@@ -25,7 +25,7 @@ _AHEAD = 4  # stages: faults that end a run come early in what is left, so that 
 _NOT_BEFORE = {
     # The heartbeats that end such a run need a server, and take two minutes.
     "SIGKILL worker and flow": ("SIGKILL Prefect", "Prefect away for a minute"),
-    "SIGKILL the flow": ("SIGKILL the worker",),
+    "SIGKILL the flow": ("SIGKILL the worker", "SIGKILL the starting worker"),
 }
 """Faults that would only make these last: nobody is left to see the process end."""
 
@@ -141,7 +141,9 @@ class Campaign:
         before = left[: left.index(stage) + 1]
         plan = [self._planned(last, stage)]
         for _ in range(self._chance.choice((2, 2, 3, 3))):
-            plan.append(self._planned(self._rarest(lasting, before), self._place(before)))
+            fault = self._rarest(lasting, before)
+            places = [place for place in before if place in fault.stages]
+            plan.append(self._planned(fault, self._place(places)))
         return sorted(plan, key=lambda item: (STAGES.index(item.stage), item.delay))
 
     def _planned(self, fault: Fault, stage: str) -> Planned:
