@@ -95,6 +95,7 @@ def run_attempt(
     last_fault = asked = started
     flow: psutil.Process | None = None
     flow_ended: float | None = None
+    gone: float | None = None
     working = False
     while True:
         now = time.monotonic()
@@ -129,6 +130,8 @@ def run_attempt(
                         attempt.expected = ("COMPLETED", "CRASHED")
         if now - asked >= _ASK:
             asked = now
+            if flow_ended is not None and gone is None and not scene.processes():
+                gone = now
             if not servers.worker.alive and not scene.later:
                 servers.worker.start()  # as a service manager does
             if _ended(attempt, servers):
@@ -141,7 +144,7 @@ def run_attempt(
     if attempt.injected:
         attempt.ended_after = time.monotonic() - last_fault
     _settle(scene)
-    _check_processes(attempt, flow_ended or time.monotonic())
+    _check_processes(attempt, flow_ended or time.monotonic(), gone)
     ballast(run_dir).unlink(missing_ok=True)
     return attempt
 
@@ -194,7 +197,14 @@ def _settle(scene: Scene) -> None:
         scene.servers.worker.start()
 
 
-def _check_processes(attempt: Attempt, flow_ended: float) -> None:
+def _check_processes(attempt: Attempt, flow_ended: float, gone: float | None) -> None:
+    """gone: when its last process was seen to be gone, where that was before the run's end."""
+    if gone is not None:
+        attempt.last_process_after = gone - flow_ended
+        if attempt.last_process_after > SURVIVAL:
+            attempt.problems.append(
+                f"its last process lived {attempt.last_process_after:.0f} s longer than the flow"
+            )
     left = flow_ended + SURVIVAL - time.monotonic()
     if not wait_until(lambda: not processes_of(attempt.flow_run_id), max(left, 0.0)):
         found = [
@@ -204,7 +214,8 @@ def _check_processes(attempt: Attempt, flow_ended: float) -> None:
         attempt.problems.append(f"alive {SURVIVAL:g} s after the flow's end: {found}")
         for process in processes_of(attempt.flow_run_id):
             process.kill()
-    attempt.last_process_after = max(0.0, time.monotonic() - flow_ended)
+    if gone is None:
+        attempt.last_process_after = max(0.0, time.monotonic() - flow_ended)
     machine_died = attempt.state == "CRASHED" and any(
         "worker" in item.fault for item in attempt.injected
     )
