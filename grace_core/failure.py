@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from grace_core.launch.output import first_error
 from grace_core.launch.process_group import ProcessesFailed
 from grace_core.secrets import redacted
 from grace_core.training.saved import newest_written
+from grace_core.whole_files import write_whole
 
 JSON_FILE, MARKDOWN_FILE = "failure.json", "failure.md"
 _LONGEST_CAUSE = 600  # characters
@@ -184,9 +184,7 @@ def write_failure(failure: Failure, run_dir: Path) -> None:
         MARKDOWN_FILE: failure.to_markdown(),
     }
     for name, text in texts.items():
-        aside = run_dir / f".{name}.new"
-        aside.write_text(text, encoding="utf-8")
-        os.replace(aside, run_dir / name)
+        write_whole(run_dir / name, text)
 
 
 def remove_failure(run_dir: Path) -> None:

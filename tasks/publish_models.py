@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 
 from mlflow import MlflowClient
 from prefect import task
@@ -15,6 +13,7 @@ from grace_core import stages
 from grace_core.artifacts import Artifact
 from grace_core.config import GraceConfig
 from grace_core.publish.approval import Approval
+from grace_core.whole_files import write_whole
 from tasks.lineage import mark_published
 from tasks.tracked import StageRef, run_stage, stage_task
 
@@ -54,9 +53,7 @@ def show_results(config: GraceConfig, run: str, published: StageRef) -> None:
     """The results where people look: the run's folder, a Prefect artifact, MLflow's parent run."""
     folder = published.artifact().path
     for name in ("results.json", "table.md"):
-        aside = config.run_dir / f".{name}.new"
-        shutil.copyfile(folder / name, aside)
-        os.replace(aside, config.run_dir / name)
+        write_whole(config.run_dir / name, (folder / name).read_text(encoding="utf-8"))
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
     table = [
         {"model": label}

@@ -33,10 +33,10 @@ import psutil
 
 from grace_core.errors import GraceError
 from grace_core.launch.node_failure import NodeFailure, node_folder, record_failure
+from grace_core.training.stopping import STOPPED
 
 logger = logging.getLogger(__name__)
 
-STOPPED = 143
 _TERMINATED = (STOPPED, -signal.SIGTERM)  # the latter before a rank could listen
 _PORTS = (20000, 10000)
 """First port of the rendezvous, and how many jobs on one node have ports of their own."""

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from grace_core.launch.output import attempt_folder, last_attempt
+from grace_core.whole_files import write_whole
 
 _FILE = "failure.json"
 
@@ -37,7 +38,7 @@ def node_folder(logs: Path, attempt: int, node: int) -> Path:
 def record_failure(ranks: Path, failure: NodeFailure) -> None:
     """ranks: the node's folder."""
     ranks.mkdir(parents=True, exist_ok=True)
-    (ranks / _FILE).write_text(json.dumps(asdict(failure)), encoding="utf-8")
+    write_whole(ranks / _FILE, json.dumps(asdict(failure)))
 
 
 def first_node_failure(logs: Path) -> tuple[NodeFailure, list[str]] | None:

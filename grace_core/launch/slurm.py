@@ -31,8 +31,9 @@ from grace_core.launch.process_group import (
 )
 from grace_core.launch.slurm_commands import JobInfo, SlurmAway
 from grace_core.launch.slurm_files import SlurmFiles
-from grace_core.launch.slurm_script import STOPPED, batch_script, node_script
+from grace_core.launch.slurm_script import batch_script, node_script
 from grace_core.locks import wait_for_ranks
+from grace_core.training.stopping import STOPPED
 
 logger = logging.getLogger(__name__)
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grace_core.launch.backend import Program
+from grace_core.whole_files import write_whole
 
 
 @dataclass(frozen=True)
@@ -51,11 +52,11 @@ class SlurmFiles:
         self.ends.mkdir(parents=True, exist_ok=True)
         self.logs.mkdir(parents=True, exist_ok=True)
         for file, text in ((self.batch_script, batch), (self.node_script, node)):
-            _replace(file, text)
+            write_whole(file, text)
 
     def record_job(self, job: int) -> None:
         """Note the job that is watched from now on, which may therefore be requeued."""
-        _replace(self.ends / "job.json", json.dumps({"id": job, "name": self.job_name}))
+        write_whole(self.ends / "job.json", json.dumps({"id": job, "name": self.job_name}))
         self._cancelled(job).unlink(missing_ok=True)
 
     def mark_cancelled(self, job: int) -> None:
@@ -72,9 +73,3 @@ class SlurmFiles:
 
     def _cancelled(self, job: int) -> Path:
         return self.ends / f"cancelled-{job}"
-
-
-def _replace(file: Path, text: str) -> None:
-    aside = file.with_name(f".{file.name}.new")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, file)

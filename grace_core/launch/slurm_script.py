@@ -22,9 +22,7 @@ from pathlib import Path
 from grace_core.config.model import Launch, SlurmLaunch
 from grace_core.launch.backend import Program
 from grace_core.launch.slurm_files import SlurmFiles
-
-STOPPED = 143
-"""Exit code of ranks that saved and left after SIGTERM, and so of their agents."""
+from grace_core.training.stopping import STOPPED
 
 _LEFT_BEHIND_SECONDS = 30
 """After the first agent ended; ranks that lost their peers notice sooner, or never."""

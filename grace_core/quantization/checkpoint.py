@@ -22,6 +22,7 @@ from torch import Tensor
 
 from grace_core.errors import GraceError
 from grace_core.quantization.scales import ScaleBank
+from grace_core.whole_files import write_whole
 
 SCALES_FILE = "scales.safetensors"
 QUANTIZATION_FILE = "quantization.json"
@@ -54,9 +55,7 @@ def save_scales(folder: Path, bank: ScaleBank, *, bits: int, group_size: int) ->
     save_file(scales, partial)
     os.replace(partial, folder / SCALES_FILE)
     description = {"bits": bits, "group_size": group_size, "layers": list(scales)}
-    partial = folder / f".{QUANTIZATION_FILE}.partial"
-    partial.write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / QUANTIZATION_FILE)
+    write_whole(folder / QUANTIZATION_FILE, json.dumps(description, indent=2) + "\n")
 
 
 def load_scales(folder: Path) -> TrainedScales:

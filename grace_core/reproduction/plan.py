@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from grace_core.config.model import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.lineage.find import Found
 from grace_core.lineage.graph import Lineage, Node
+from grace_core.whole_files import write_whole
 
 MARKER = "reproduction.json"
 """In the run directory: whose reproduction it holds and, at the end, the verdict."""
@@ -108,9 +108,7 @@ def write_marker(plan: Plan, verdict: Mapping[str, Any] | None) -> None:
         "digest": plan.target.digest,
         "verdict": verdict,
     }
-    aside = plan.run_dir / f".{MARKER}.new"
-    aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    os.replace(aside, plan.run_dir / MARKER)
+    write_whole(plan.run_dir / MARKER, json.dumps(content, indent=1) + "\n")
 
 
 def _is_remade(stage: str) -> bool:

@@ -7,7 +7,6 @@ stages find what is done by their fingerprints, which hold the same inputs.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from grace_core.stages.sources import (
     sharegpt4v_files,
     world_section,
 )
+from grace_core.whole_files import write_whole
 
 RECORD = "scheduled-inputs.json"
 _SHOWN = 12  # characters of a digest in messages
@@ -84,12 +84,7 @@ def compare_inputs(config: GraceConfig) -> Comparison:
 def record_inputs(config: GraceConfig, inputs: TrainingInputs) -> None:
     """Remember what a scheduled run that has completed started from."""
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    aside = config.run_dir / f".{RECORD}.new"
-    with aside.open("w", encoding="utf-8") as stream:
-        stream.write(inputs.model_dump_json(indent=1) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(aside, config.run_dir / RECORD)
+    write_whole(config.run_dir / RECORD, inputs.model_dump_json(indent=1) + "\n")
 
 
 def _read_record(file: Path) -> TrainingInputs | None:

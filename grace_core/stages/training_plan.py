@@ -6,7 +6,6 @@ result in the same folder.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from grace_core.data.prepare import TRAIN
 from grace_core.models.loading import CheckpointFolder, locate_checkpoint, read_checkpoint
 from grace_core.stages.once import checkpoint_parent, stage_folder
 from grace_core.training.job import TrainingJob
+from grace_core.whole_files import write_whole
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,8 @@ def plan_quantized(
 def write_job(job: TrainingJob) -> Path:
     """Write what the ranks read, and return the file."""
     job.work.mkdir(parents=True, exist_ok=True)
-    file, aside = job.work / "job.json", job.work / ".job.json.new"
-    aside.write_text(job.model_dump_json(indent=1), encoding="utf-8")
-    os.replace(aside, file)
+    file = job.work / "job.json"
+    write_whole(file, job.model_dump_json(indent=1))
     return file
 
 

@@ -5,7 +5,6 @@ same stream on every platform, and pictures are rasterised without a drawing lib
 """
 
 import json
-import os
 import random
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from grace_core.toy.questions import (
     form_prompt,
     think_of,
 )
+from grace_core.whole_files import write_whole
 
 TRAIN_FILE = "train.json"
 TRAIN_METADATA_FILE = "train.meta.json"
@@ -130,9 +130,9 @@ def write_training_set(
         "number_of_wrong_turns": len(wrong_turns),
         "wrong_turns": wrong_turns,
     }
-    _write_text(folder / TRAIN_METADATA_FILE, json.dumps(metadata, indent=1))
+    write_whole(folder / TRAIN_METADATA_FILE, json.dumps(metadata, indent=1))
     path = folder / TRAIN_FILE
-    _write_text(path, json.dumps(records, indent=1))
+    write_whole(path, json.dumps(records, indent=1))
     return path
 
 
@@ -180,7 +180,7 @@ def _write_items(folder: Path, kind: str, count: int, seed: int) -> Path:
             "image": image,
         }
         lines.append(json.dumps(item) + "\n")
-    _write_text(folder / ITEMS_FILE, "".join(lines))
+    write_whole(folder / ITEMS_FILE, "".join(lines))
     return folder
 
 
@@ -206,9 +206,3 @@ def _balances(question: Question, turn: int) -> bool:
 
 def _save_picture(scene: Scene, path: Path) -> None:
     Image.fromarray(render(scene)).save(path, format="PNG")
-
-
-def _write_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -6,6 +6,9 @@ import signal
 import time
 from types import FrameType
 
+STOPPED = 143
+"""Exit code of a rank that was told to stop, as a shell would report SIGTERM."""
+
 _MARGIN = 1.5
 """How much longer than measured a checkpoint may take before it is not worth starting."""
 

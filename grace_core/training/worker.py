@@ -20,10 +20,8 @@ from grace_core.artifacts import environment
 from grace_core.errors import GraceError
 from grace_core.locks import join_ranks
 from grace_core.training.job import TrainingJob
-from grace_core.training.stopping import StopSignal
-
-STOPPED = 143
-"""Exit code after SIGTERM, as a shell would report it."""
+from grace_core.training.stopping import STOPPED, StopSignal
+from grace_core.whole_files import write_whole
 
 
 def main(arguments: list[str]) -> int:
@@ -59,9 +57,7 @@ def _write_environment(job: TrainingJob) -> None:
         "world_size": str(dist.get_world_size()),
         "zero_stage": str(job.training.zero_stage),
     }
-    aside = job.environment.with_suffix(".new")
-    aside.write_text(json.dumps(found, indent=1), encoding="utf-8")
-    os.replace(aside, job.environment)
+    write_whole(job.environment, json.dumps(found, indent=1))
 
 
 def _device(wanted: str) -> torch.device:

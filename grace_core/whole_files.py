@@ -1,0 +1,16 @@
+"""Small text files that are whole, or as they were before: written aside, flushed, renamed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Write `text` as `file`; its folder must be there. Raises OSError where that fails."""
+    aside = file.with_name(f".{file.name}.new")
+    with aside.open("w", encoding="utf-8") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(aside, file)
