@@ -9,6 +9,12 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+_SECONDS = 20.0
+
+
+class NotReported(Exception):
+    """NVIDIA's tool is absent or failed; says which."""
+
 
 @functools.cache
 def hardware() -> dict[str, str]:
@@ -18,11 +24,14 @@ def hardware() -> dict[str, str]:
     out: what is published quotes this.
     """
     found = {"cpu": _cpu()}
-    gpus = _query("name")
+    try:
+        gpus = nvidia_smi("--query-gpu=name,driver_version")
+    except NotReported:  # no driver here, or one that `grace doctor` tells of
+        gpus = []
     if gpus:
-        counted = Counter(gpus)
+        counted = Counter(name for name, _ in gpus)
         found["gpu"] = ", ".join(f"{count} x {name}" for name, count in counted.items())
-        found["driver"] = _query("driver_version")[0]
+        found["driver"] = gpus[0][1]
     return found
 
 
@@ -37,15 +46,25 @@ def _cpu() -> str:
     return platform.machine()
 
 
-def _query(field: str) -> list[str]:
-    """One line a GPU; none where there is no driver, or none that answers."""
-    if shutil.which("nvidia-smi") is None:
-        return []
-    done = subprocess.run(
-        ["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    lines = done.stdout.splitlines() if done.returncode == 0 else []
-    return [line.strip() for line in lines if line.strip()]
+def nvidia_smi(question: str) -> list[list[str]]:
+    """Rows of cells that NVIDIA's tool answers, such as to `--query-gpu=name,driver_version`.
+
+    Raises NotReported where the tool is absent, fails, or does not answer within 20 s.
+    """
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        raise NotReported("nvidia-smi is not on the PATH")
+    try:
+        done = subprocess.run(
+            [tool, question, "--format=csv,noheader,nounits"],
+            capture_output=True,
+            text=True,
+            timeout=_SECONDS,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise NotReported(f"nvidia-smi did not answer ({type(error).__name__})") from error
+    if done.returncode:
+        said = (done.stdout + done.stderr).strip().splitlines()
+        raise NotReported(f"nvidia-smi failed: {said[0] if said else f'exit {done.returncode}'}")
+    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line]

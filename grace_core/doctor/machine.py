@@ -12,8 +12,9 @@ import psutil
 from grace_core.config.model import GraceConfig
 from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.doctor.findings import Finding, information, ok, problem, unchecked, warning
-from grace_core.doctor.gpus import Gpu, NotReported, visible_gpus
+from grace_core.doctor.gpus import Gpu, visible_gpus
 from grace_core.doctor.memory import Need, in_units, needs, training_stages
+from grace_core.hardware import NotReported
 
 AREA = "machine"
 
