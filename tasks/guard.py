@@ -70,19 +70,20 @@ def guarded() -> Iterator[None]:
     thread.start()
     try:
         yield
-    except Exception:
-        over.set()
-        _carry_out_cancellation(UUID(flow_run_id))
+    except Exception:  # the run's own failure; a signal that ends it has been seen to already
+        _carry_out_cancellation(over, UUID(flow_run_id))
         raise
+    else:
+        _carry_out_cancellation(over, UUID(flow_run_id))
     finally:
         over.set()  # the thread may be waiting for a server that is away: it is not waited for
-    _carry_out_cancellation(UUID(flow_run_id))
 
 
-def _carry_out_cancellation(flow_run_id: UUID) -> None:
+def _carry_out_cancellation(over: threading.Event, flow_run_id: UUID) -> None:
     """At the end of the work: Prefect would leave a run that is being cancelled as it is."""
+    over.set()
     with get_client(sync_client=True) as client:
-        state = client.read_flow_run(flow_run_id).state
+        state = _state(client, flow_run_id)
     if state is not None and state.is_cancelling():
         _end_this_process(state)
         signal.pause()  # the signal is on its way
@@ -92,33 +93,42 @@ def _look(flow_run_id: UUID, over: threading.Event) -> None:
     cancelling_since: float | None = None
     with get_client(sync_client=True) as client:
         while not over.wait(LOOK_SECONDS):
-            try:
-                state = client.read_flow_run(flow_run_id).state
-                if state is not None and state.is_crashed() and not over.is_set():
-                    _take_back(client, flow_run_id)
-                    continue
-            except (httpx.HTTPError, PrefectHTTPStatusError) as error:
-                logger.debug("Prefect does not tell the state of this run: %s", error)
+            state = _state(client, flow_run_id)
+            if state is None or over.is_set():
                 continue
-            if state is None:
+            if state.is_crashed():
+                _take_back(client, flow_run_id)
                 continue
-            if not state.is_cancelling():
-                cancelling_since = None
-            elif cancelling_since is None:
-                cancelling_since = time.monotonic()
-            neglected = (
-                cancelling_since is not None
-                and time.monotonic() - cancelling_since > PATIENCE_SECONDS
-            )
-            if (neglected or state.is_final()) and not over.is_set():
+            now = time.monotonic()
+            cancelling_since = (cancelling_since or now) if state.is_cancelling() else None
+            neglected = cancelling_since is not None and now - cancelling_since > PATIENCE_SECONDS
+            if neglected or state.is_final():
                 _end_this_process(state)
                 return
+
+
+def _state(client: SyncPrefectClient, flow_run_id: UUID) -> State[Any] | None:
+    """As the server knows it; None where it does not answer."""
+    state = None
+    with _server_may_be_away():
+        state = client.read_flow_run(flow_run_id).state
+    return state
 
 
 def _take_back(client: SyncPrefectClient, flow_run_id: UUID) -> None:
     logger.warning("this run was marked as crashed, but it is alive: marked as running again")
     message = "Alive: its heartbeats had not arrived"
-    client.set_flow_run_state(flow_run_id, Running(message=message), force=True)
+    with _server_may_be_away():
+        client.set_flow_run_state(flow_run_id, Running(message=message), force=True)
+
+
+@contextmanager
+def _server_may_be_away() -> Iterator[None]:
+    """A server that does not answer is told, and must not end a run or hide what ended it."""
+    try:
+        yield
+    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+        logger.warning("Prefect does not answer about the state of this run: %s", error)
 
 
 def _end_this_process(state: State[Any]) -> None:
