@@ -11,6 +11,7 @@ from demo.prefect_api import FINAL, PrefectApi, RunState
 from grace_core.config import GraceConfig
 from grace_core.events import Event, EventReader
 from grace_core.progress import RunMeter, clock, left_text, measured_text, position_text
+from grace_core.training.job import METRICS
 
 _LOOK_SECONDS = 1.0
 _QUIET_SECONDS = 15.0  # between lines of progress where the output is a file
@@ -65,7 +66,7 @@ class _NewEvents:
         }
 
     def _files(self) -> list[Path]:
-        return sorted(self._folder.glob("*/metrics.jsonl"))
+        return sorted(self._folder.glob(f"*/{METRICS}"))
 
     def poll(self) -> list[Event]:
         """Those that came since the last call."""

@@ -10,6 +10,7 @@ from grace_core.artifacts import MANIFEST, Artifact, read_artifact
 from grace_core.config.model import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.events import read_events
+from grace_core.training.job import METRICS, work_folder
 
 log = logging.getLogger(__name__)
 
@@ -77,5 +78,5 @@ def _same_work(config: GraceConfig, artifact: Artifact) -> bool:
 
 
 def _was_resumed(run_dir: Path, artifact: Artifact) -> bool:
-    events = read_events(run_dir / "work" / artifact.path.name / "metrics.jsonl")
+    events = read_events(work_folder(run_dir, artifact.path) / METRICS)
     return any(event.kind == "resume" for event in events)

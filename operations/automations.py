@@ -39,55 +39,29 @@ def zombie_automation() -> AutomationCore:
     while it worked, as after a long outage of the server, still ends as it ends.
     """
     seconds = round(ZOMBIE_AFTER.total_seconds())
-    return AutomationCore(
-        name=ZOMBIES,
-        description="Made by `grace setup`. A machine that dies says nothing; its runs' heartbeats "
-        "stop.",
-        trigger=EventTrigger(
-            match=_RUNS,
-            match_related=_OUR_FLOWS,
-            for_each={"prefect.resource.id"},
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *_events(_ENDS)},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=ZOMBIE_AFTER,
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED,
-                message=f"No heartbeat for {seconds} s: the process, its worker or its machine "
-                "died. Run it again: finished stages are kept, a training continues from its last "
-                "checkpoint.",
-            )
-        ],
+    return _crash_unless(
+        ZOMBIES,
+        "A machine that dies says nothing; its runs' heartbeats stop.",
+        after="heartbeat",
+        expected=("heartbeat", *_ENDS),
+        within=ZOMBIE_AFTER,
+        message=f"No heartbeat for {seconds} s: the process, its worker or its machine died. Run "
+        "it again: finished stages are kept, a training continues from its last checkpoint.",
     )
 
 
 def stuck_automation() -> AutomationCore:
     """Runs that a worker took and never started become Crashed, and free their queue."""
     seconds = round(STUCK_AFTER.total_seconds())
-    return AutomationCore(
-        name=STUCK,
-        description="Made by `grace setup`. A worker that dies between taking a run and starting "
-        "it leaves a pending run, which counts against the queue's limit.",
-        trigger=EventTrigger(
-            match=_RUNS,
-            match_related=_OUR_FLOWS,
-            for_each={"prefect.resource.id"},
-            after={"prefect.flow-run.Pending"},
-            expect=_events(("Running", "Cancelling", "Scheduled", *_ENDS)),
-            posture=Posture.Proactive,
-            threshold=1,
-            within=STUCK_AFTER,
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CRASHED,
-                message=f"Taken by a worker and not started within {seconds} s: the worker "
-                "died. Run it again.",
-            )
-        ],
+    return _crash_unless(
+        STUCK,
+        "A worker that dies between taking a run and starting it leaves a pending run, which "
+        "counts against the queue's limit.",
+        after="Pending",
+        expected=("Running", "Cancelling", "Scheduled", *_ENDS),
+        within=STUCK_AFTER,
+        message=f"Taken by a worker and not started within {seconds} s: the worker died. Run it "
+        "again.",
     )
 
 
@@ -128,5 +102,32 @@ def notification_automation(block_document_id: UUID, *, completed: bool) -> Auto
     )
 
 
-def _events(states: tuple[str, ...]) -> set[str]:
-    return {f"prefect.flow-run.{state}" for state in states}
+def _crash_unless(
+    name: str,
+    why: str,
+    *,
+    after: str,
+    expected: tuple[str, ...],
+    within: timedelta,
+    message: str,
+) -> AutomationCore:
+    """Crash a run of ours to which, `within` so long `after` an event, none of `expected` came."""
+    return AutomationCore(
+        name=name,
+        description=f"Made by `grace setup`. {why}",
+        trigger=EventTrigger(
+            match=_RUNS,
+            match_related=_OUR_FLOWS,
+            for_each={"prefect.resource.id"},
+            after=_events((after,)),
+            expect=_events(expected),
+            posture=Posture.Proactive,
+            threshold=1,
+            within=within,
+        ),
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
+    )
+
+
+def _events(names: tuple[str, ...]) -> set[str]:
+    return {f"prefect.flow-run.{name}" for name in names}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -16,7 +15,7 @@ from mlflow.tracking import is_tracking_uri_set
 from grace_core.artifacts import MANIFEST, OUTSIDE, Manifest
 from grace_core.errors import GraceError
 from grace_core.lineage.collect import manifest_node, outside_name
-from grace_core.lineage.find import LEAST_DIGITS
+from grace_core.lineage.find import LEAST_DIGITS, starts_a_digest
 from grace_core.lineage.graph import Node, Place
 from operations.mlflow_names import (
     DATASET_DIGITS,
@@ -29,7 +28,6 @@ from operations.mlflow_names import (
 )
 from operations.servers import shown_address
 
-_DIGITS = re.compile(rf"[0-9a-f]{{{LEAST_DIGITS},64}}$")
 _FINISHED = "attributes.status = 'FINISHED'"
 _ROLES_OF_MODELS = (
     *("model", "student", "teacher", "start"),
@@ -62,7 +60,7 @@ class Records:
                 found = [self._client.get_logged_model(wanted)]
             except MlflowException as error:
                 raise GraceError(f"MLflow has no model of the id {wanted}") from error
-        elif _DIGITS.match(wanted):
+        elif starts_a_digest(wanted):
             found = self._models(f"tags.`{DIGEST}` LIKE '{wanted}%'")
         else:
             found = [self._registered(wanted)]
@@ -95,7 +93,7 @@ class Records:
 
     def thing(self, digits: str) -> tuple[str, str]:
         """Stage and digest of what the digits of a digest stand for, made or from outside."""
-        if not _DIGITS.match(digits):
+        if not starts_a_digest(digits):
             raise GraceError(
                 f"{digits} is no digest: give {LEAST_DIGITS} or more of its digits (0-9, a-f)"
             )

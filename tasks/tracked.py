@@ -33,6 +33,7 @@ from grace_core.events import Event, read_events
 from grace_core.plan import Goal
 from grace_core.progress import StageMeter, StageProgress
 from grace_core.stages import StageContext
+from grace_core.training.job import METRICS, work_folder
 from operations.check_mlflow import AREA as MLFLOW
 from operations.mlflow_names import is_model
 from tasks.examine import examine
@@ -203,7 +204,7 @@ def run_stage(
         run_id = finished_run(child.experiment_id, artifact) if reused else None
         if run_id is None:
             if reused:  # made without tracking, or tracked by another server
-                for event in read_events(_metrics_file(config, artifact)):
+                for event in read_events(work_folder(config.run_dir, artifact.path) / METRICS):
                     forwarder.on_event(event)
             forwarder.close()
             run_id = child.open()
@@ -247,10 +248,6 @@ def _progress_event(event: Event, progress: StageProgress) -> Event | None:
     if progress.seconds_left is not None:
         values["seconds_left"] = progress.seconds_left
     return Event(event.time, event.stage, event.step, "progress", values)
-
-
-def _metrics_file(config: GraceConfig, artifact: Artifact) -> Path:
-    return config.run_dir / "work" / artifact.path.name / "metrics.jsonl"
 
 
 def _show_link(experiment_id: str, run_id: str) -> None:

@@ -16,7 +16,7 @@ from grace_core.lineage.graph import SHORT, Lineage
 from grace_core.lineage.published import RELEASE_MANIFEST, PublishedManifest
 
 LEAST_DIGITS = 8
-_DIGITS = re.compile(rf"[0-9a-f]{{{LEAST_DIGITS},64}}$")
+_DIGITS = re.compile(rf"[0-9a-f]{{{LEAST_DIGITS},64}}")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,11 @@ class Found:
         """Id of its node."""
         (model,) = self.lineage.models
         return model
+
+
+def starts_a_digest(text: str) -> bool:
+    """Whether a text can be a digest, or enough of its first digits."""
+    return _DIGITS.fullmatch(text) is not None
 
 
 def find_model(name: str, root: Path) -> Found:
@@ -61,7 +66,7 @@ def data_digest(source: str) -> str:
     folder = Path(source).expanduser()
     if (folder / MANIFEST).is_file():
         return read_artifact(folder).digest
-    if _DIGITS.match(source):
+    if starts_a_digest(source):
         return source
     raise GraceError(
         f"{source} is neither the folder of an artifact (it has no {MANIFEST}) nor {LEAST_DIGITS} "
@@ -81,7 +86,7 @@ def _fitting(name: str, known: Iterable[Artifact]) -> list[Artifact]:
         [a for a in known if a.manifest.stage == f"release-{name}"],
         [a for a in known if a.manifest.stage == name],
         [a for a in known if node_of(a).name == name.split("/")[-1]],
-        [a for a in known if _DIGITS.match(name) and a.digest.startswith(name)],
+        [a for a in known if starts_a_digest(name) and a.digest.startswith(name)],
     )
     fitting = next((found for found in ways if found), [])
     # A BF16 release has the content of the trained model; who names the content means the release.

@@ -16,7 +16,7 @@ from grace_core.config.model import GraceConfig, Precision, Quantization, Traini
 from grace_core.data.prepare import TRAIN
 from grace_core.models.loading import CheckpointFolder, locate_checkpoint, read_checkpoint
 from grace_core.stages.once import checkpoint_parent, stage_folder
-from grace_core.training.job import TrainingJob
+from grace_core.training.job import TrainingJob, work_folder
 from grace_core.whole_files import write_whole
 
 
@@ -93,7 +93,7 @@ def _plan(
     }
     if isinstance(section, Quantization):
         settings |= {"precision": precision, "group_size": section.group_size}
-    key = fingerprint(stage, settings, parents)
+    artifact = stage_folder(config, stage, fingerprint(stage, settings, parents))
     job = TrainingJob(
         stage=stage,
         seed=config.seed,
@@ -108,9 +108,9 @@ def _plan(
         group_size=config.quantize.group_size,
         device=config.launch.device,
         grace_seconds=config.launch.seconds_to_save,
-        work=config.run_dir / "work" / f"{stage}-{key[:12]}",
+        work=work_folder(config.run_dir, artifact),
     )
-    return TrainingPlan(stage, settings, parents, job, stage_folder(config, stage, key))
+    return TrainingPlan(stage, settings, parents, job, artifact)
 
 
 def _teacher(config: GraceConfig, fitted: Artifact | None) -> tuple[CheckpointFolder, Parent]:

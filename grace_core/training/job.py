@@ -9,6 +9,14 @@ from pydantic import Field
 
 from grace_core.config.model import BITS, Objective, Precision, Section, Training
 
+METRICS = "metrics.jsonl"
+"""In the work folder: what the training measured, kept when it is done."""
+
+
+def work_folder(run_dir: Path, artifact: Path) -> Path:
+    """Where a training works that leaves this artifact: checkpoints, metrics and logs."""
+    return run_dir / "work" / artifact.name
+
 
 class TrainingJob(Section):
     """One training stage, fully resolved: paths on disk and settings, nothing to look up."""
@@ -35,7 +43,7 @@ class TrainingJob(Section):
 
     @property
     def metrics(self) -> Path:
-        return self.work / "metrics.jsonl"
+        return self.work / METRICS
 
     @property
     def environment(self) -> Path:
