@@ -49,12 +49,6 @@ class PrefectApi:
             if error.code != 409:  # exists
                 raise
 
-    def start(self, deployment: str, parameters: dict[str, Any]) -> str:
-        """Start a run of the deployment `flow/name`; returns the flow run's id."""
-        found = self._call("GET", f"/deployments/name/{deployment}")
-        body = {"state": {"type": "SCHEDULED"}, "parameters": parameters}
-        return str(self._call("POST", f"/deployments/{found['id']}/create_flow_run", body)["id"])
-
     def flow_run(self, run_id: str) -> RunState:
         return _run_state(self._call("GET", f"/flow_runs/{run_id}"))
 

@@ -77,7 +77,7 @@ class Board:
             return
         try:
             self._send(drawing)
-        except Exception as error:
+        except Exception as error:  # whatever it is, a picture of a run must not end the run
             if not self._told:
                 logger.warning("Prefect does not take the progress, the run goes on: %s", error)
             self._told = True

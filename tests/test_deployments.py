@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from mlflow import MlflowClient
@@ -234,7 +234,7 @@ def test_a_scheduled_run_works_once(started: dict[str, Started], stand_ins: Depl
 
 
 class Receiver(BaseHTTPRequestHandler):
-    messages: list[dict[str, str]] = []  # noqa: RUF012
+    messages: ClassVar[list[dict[str, str]]] = []
 
     def do_POST(self) -> None:
         length = int(self.headers["Content-Length"])

@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from grace_core.config import GraceConfig
+from grace_core.config.model import ShareGPT4VData
 from grace_core.doctor.dataset import check_data, estimated_size
 from grace_core.doctor.examination import examine
 from grace_core.doctor.findings import (
@@ -154,7 +155,7 @@ def test_vocabularies_of_one_size_that_differ_in_content_are_a_problem(student: 
     file = student / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     vocabulary = tokenizer["model"]["vocab"]
-    first, second = sorted(vocabulary, key=vocabulary.get)[300:302]  # type: ignore[arg-type]
+    first, second = sorted(vocabulary, key=lambda entry: vocabulary[entry])[300:302]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     file.write_text(json.dumps(tokenizer))
     finding = one(about_models(student), Severity.PROBLEM, "vocabulary differ")
@@ -217,10 +218,11 @@ def test_the_size_of_the_data_is_taken_from_the_first_records(tmp_path: Path) ->
     (folder / "0.png").write_bytes(b"x" * 10_000)
     (folder / "1.png").write_bytes(b"x" * 30_000)
     text = sum(len(json.dumps(record("0.png"))) for _ in range(100))
-    size = estimated_size(config.data.source)  # type: ignore[arg-type]
+    assert isinstance(config.data.source, ShareGPT4VData)
+    size = estimated_size(config.data.source)
     assert size == pytest.approx(100 * 20_000 + 2 * text, rel=0.02)
     limited = config.data.source.model_copy(update={"limit": 10})
-    assert estimated_size(limited) == pytest.approx(size / 10, rel=0.02)  # type: ignore[arg-type]
+    assert estimated_size(limited) == pytest.approx(size / 10, rel=0.02)
 
 
 def test_a_damaged_file_is_a_problem_and_a_missing_root_too(tmp_path: Path) -> None:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from prefect import get_client
 from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelled, Cancelling, Crashed
 from prefect.testing.utilities import prefect_test_harness
+
+from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOW = """
@@ -95,23 +97,14 @@ def run(
         process.wait()
 
 
-def wait_until(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
-
-
 def state_of(flow_run_id: str) -> str:
     with get_client(sync_client=True) as client:
-        return str(client.read_flow_run(flow_run_id).state_name)  # type: ignore[arg-type]
+        return str(client.read_flow_run(UUID(flow_run_id)).state_name)
 
 
 def set_state(flow_run_id: str, state: Any) -> None:
     with get_client(sync_client=True) as client:
-        client.set_flow_run_state(flow_run_id, state, force=True)  # type: ignore[arg-type]
+        client.set_flow_run_state(UUID(flow_run_id), state, force=True)
 
 
 @pytest.mark.parametrize("state", [Cancelling, Cancelled])

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import pytest
 from grace_core.launch.local import torchrun_command
 from grace_core.launch.output import first_error, new_attempt
 from grace_core.launch.process_group import ProcessesFailed, run_process_group
+from tests.waiting import wait_until
 
 # An agent that starts one rank in a session of its own, as torchrun does, and forwards SIGTERM.
 AGENT = """
@@ -79,15 +79,6 @@ def is_gone(pid: int) -> bool:
         return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
-
-
-def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return False
 
 
 def test_output_is_kept_and_streamed(tmp_path: Path) -> None:

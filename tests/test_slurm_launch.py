@@ -22,6 +22,7 @@ from grace_core.launch.backend import Program, backend_of
 from grace_core.launch.process_group import ProcessesFailed
 from tests.conftest import ROOT
 from tests.slurm_cluster import SlurmCluster, missing
+from tests.waiting import wait_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -115,13 +116,6 @@ def once(act: Callable[[Run], None], when: Callable[[Run], bool]) -> Callable[[R
     return poll
 
 
-def wait_until(holds: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-
-
 def nothing_left(cluster: SlurmCluster) -> bool:
     return not cluster.processes() and not cluster.output("squeue", "--noheader")
 
@@ -167,7 +161,7 @@ def test_cancelling_leaves_nothing_behind(cluster: SlurmCluster, tmp_path: Path)
     with pytest.raises(KeyboardInterrupt):
         run.watch()
     assert "JobState=CANCELLED" in cluster.output("scontrol", "show", "job", str(run.job))
-    wait_until(lambda: nothing_left(cluster))
+    assert wait_until(lambda: nothing_left(cluster), PATIENCE)
     assert run.saved()
     time.sleep(3)  # a requeued job would be there again
     assert nothing_left(cluster)
@@ -225,7 +219,7 @@ Run(Path({str(tmp_path)!r}), "wait").watch()
 """
     first = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
     try:
-        wait_until(run.started)
+        assert wait_until(run.started, PATIENCE)
     finally:
         first.kill()
         first.wait()
@@ -258,7 +252,7 @@ def test_slurmctld_may_be_away_and_may_forget(
         if "back" in moments and "end" not in moments and now - moments["back"] > 4:
             cluster.stop_controller()
             run.go()
-            wait_until(lambda: "agents ended with 0" in run.state())
+            assert wait_until(lambda: "agents ended with 0" in run.state(), PATIENCE)
             cluster.start_controller("-c")
             moments["end"] = now
 
@@ -268,7 +262,7 @@ def test_slurmctld_may_be_away_and_may_forget(
     assert "Invalid job id" in cluster.run("scontrol", "show", "job", str(run.job)).stderr
     assert caplog.text.count("slurmctld does not answer") == 1
     assert len(list(tmp_path.glob("started-*"))) == RANKS
-    wait_until(lambda: not cluster.processes())
+    assert wait_until(lambda: not cluster.processes(), PATIENCE)
 
 
 @slurm
@@ -309,7 +303,7 @@ def test_time_runs_out(cluster: SlurmCluster, tmp_path: Path) -> None:
     with pytest.raises(ProcessesFailed, match=r"did not end within .* was cancelled") as caught:
         run.watch()
     assert caught.value.exit_code is None
-    wait_until(lambda: nothing_left(cluster))
+    assert wait_until(lambda: nothing_left(cluster), PATIENCE)
 
 
 @slurm
@@ -337,10 +331,10 @@ Run(Path({str(tmp_path)!r}), "wait").watch()
 """
     run = Run(tmp_path, "wait")
     watcher = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT)
-    wait_until(run.started)
+    assert wait_until(run.started, PATIENCE)
     ranks = [psutil.Process(int(f.read_text().split()[0])) for f in tmp_path.glob("started-*")]
     os.kill(watcher.pid, signal.SIGTERM)
     assert watcher.wait(60) != 0
-    wait_until(lambda: nothing_left(cluster))
+    assert wait_until(lambda: nothing_left(cluster), PATIENCE)
     assert not any(rank.is_running() for rank in ranks)
     assert run.saved()

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from demo.services import Services, servers, workers
+from tests.chaos.view import processes_of
 from tests.deployed import Deployed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,16 +24,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.chaos]
 def services(tmp_path: Path) -> Iterator[Services]:
     with servers(tmp_path / "services", ROOT, (0, 0)) as local, workers(local):
         yield local
-
-
-def processes_of(run_id: str) -> list[psutil.Process]:
-    """Whatever knows in its environment that it works for this flow run."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
-            if process.environ().get("PREFECT__FLOW_RUN_ID") == run_id:
-                found.append(process)
-    return found
 
 
 def worker_of(pool: str, prefect: str) -> psutil.Process:

@@ -8,12 +8,11 @@ import urllib.error
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from tests.chaos.faults import Fault, Scene, ballast
-from tests.chaos.servers import Servers, wait_until
+from tests.chaos.servers import Servers
 from tests.chaos.view import (
     STAGES,
     START,
@@ -22,6 +21,7 @@ from tests.chaos.view import (
     processes_of,
     stage_at_work,
 )
+from tests.waiting import wait_until
 
 SURVIVAL = 40.0  # seconds after the flow process's end by which all its processes must be gone
 ZOMBIE = 150.0  # seconds after a machine's death by which its run must not be Running any more
@@ -89,7 +89,7 @@ def run_attempt(
     attempt = Attempt()
     started = time.monotonic()
     left_behind = partials(run_dir)
-    attempt.flow_run_id = _start(servers, {"config": config, "overrides": [f"run_dir={run_dir}"]})
+    attempt.flow_run_id = _start(servers, config, run_dir)
     scene = Scene(servers, attempt.flow_run_id, run_dir, chance)
     waiting, due = list(plan), {}
     last_fault = asked = started
@@ -149,12 +149,14 @@ def run_attempt(
     return attempt
 
 
-def _start(servers: Servers, parameters: dict[str, Any]) -> str:
+def _start(servers: Servers, config: str, run_dir: Path) -> str:
     """Start a flow run; a server that is on its way back is asked again."""
     deadline = time.monotonic() + _SERVER_BACK
     while True:
         try:
-            return servers.api.start(_DEPLOYMENT, parameters)
+            return servers.deployed.start(
+                _DEPLOYMENT, config=config, overrides=[f"run_dir={run_dir}"]
+            )
         except (urllib.error.URLError, OSError):
             if time.monotonic() > deadline:
                 raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -77,6 +78,6 @@ def write_report(found: Report, folder: Path) -> None:
     (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def _counted(names: object) -> str:
-    counts = Counter(names)  # type: ignore[call-overload]
+def _counted(names: Iterable[str]) -> str:
+    counts = Counter(names)
     return ", ".join(f"{name} {count}" if count > 1 else name for name, count in counts.items())

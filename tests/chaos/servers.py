@@ -8,8 +8,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import psutil
 from demo.prefect_api import PrefectApi
 from demo.services import HOST, environment, free_port, mlflow_server, prefect_server, wait_for
 from grace_core.launch.process_group import end_process_group, start_process_group
+from tests.deployed import Deployed
 
 ROOT = Path(__file__).resolve().parents[2]
 POOL = "grace-gpu"
@@ -100,8 +100,8 @@ class Servers:
     mlflow: Service
     worker: Service
     api: PrefectApi
+    deployed: Deployed
     mlflow_address: str
-    folder: Path
 
 
 @contextmanager
@@ -120,8 +120,8 @@ def servers(folder: Path) -> Iterator[Servers]:
         ),
         Service("worker", worker, env, logs, ""),
         PrefectApi(f"{prefect}/api"),
+        Deployed(f"{prefect}/api"),
         mlflow,
-        folder,
     )
     with ExitStack() as stack:
         for service in (made.prefect, made.mlflow):
@@ -133,13 +133,3 @@ def servers(folder: Path) -> Iterator[Servers]:
         stack.callback(made.worker.end)
         made.worker.start()
         yield made
-
-
-def wait_until(condition: Callable[[], bool], seconds: float, every: float = 0.2) -> bool:
-    """Whether the condition came true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(every)
-    return True
