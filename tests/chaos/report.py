@@ -21,6 +21,7 @@ class Report:
     seconds: float
     rounds: list[Round]
     problems: list[str]
+    not_shown: list[str]
 
     @property
     def faults(self) -> int:
@@ -56,14 +57,15 @@ class Report:
             "last process of a flow gone after at most "
             f"{max(attempt.last_process_after for attempt in attempts):.1f} s",
         ]
-        if not self.problems:
-            return "\n".join([*lines, "Everything held: weights bit-identical, nothing stuck."])
-        return "\n".join([*lines, f"{len(self.problems)} PROBLEMS:", *self.problems])
+        if self.problems:
+            return "\n".join([*lines, f"{len(self.problems)} PROBLEMS:", *self.problems])
+        lines.append("Everything held: weights bit-identical, nothing stuck.")
+        return "\n".join([*lines, *self.not_shown])
 
 
 def report(campaign: Campaign, seed: int, seconds: float) -> Report:
     """The report of a campaign that is over."""
-    return Report(seed, seconds, campaign.rounds, campaign.problems)
+    return Report(seed, seconds, campaign.rounds, campaign.problems, campaign.not_shown())
 
 
 def write_report(found: Report, folder: Path) -> None:
@@ -73,6 +75,7 @@ def write_report(found: Report, folder: Path) -> None:
         "seconds": found.seconds,
         "faults": found.faults,
         "problems": found.problems,
+        "not_shown": found.not_shown,
         "rounds": [asdict(item) for item in found.rounds],
     }
     (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -21,6 +21,7 @@ from tests.chaos.view import STAGES, START, artifacts, finished_stages
 _DISK = "900m"  # a run's own small disk, which can be full without harm to anything else
 _SECONDS = {START: 10.0, "bf16": 14.0, "w8": 13.0, "w4": 13.0}
 """What these take on two cores; the other stages are over within a second."""
+_LONG = tuple(_SECONDS)
 _AHEAD = 4  # stages: faults that end a run come early in what is left, so that many fit in a round
 _NOT_BEFORE = {
     # The heartbeats that end such a run need a server, and take two minutes.
@@ -28,6 +29,9 @@ _NOT_BEFORE = {
     "SIGKILL the flow": ("SIGKILL the worker", "SIGKILL the starting worker"),
 }
 """Faults that would only make these last: nobody is left to see the process end."""
+
+_DAMAGED = ("checkpoint", "artifact")
+"""What is damaged between two attempts."""
 
 _READS = {
     "bf16": ("data",),
@@ -83,6 +87,18 @@ class Campaign:
             for problem in (*item.problems, *(p for a in item.attempts for p in a.problems))
         ]
 
+    def not_shown(self) -> list[str]:
+        """Kinds of faults that never happened, and parts of a run in which none did."""
+        happened = [fault for item in self.rounds for fault in item.faults]
+        kinds = {fault.fault.partition(":")[0] for fault in happened}
+        places = {fault.stage for fault in happened}
+        expected = (*(fault.name for fault in FAULTS), *_DAMAGED)
+        missing = [f"never happened: {kind}" for kind in expected if kind not in kinds]
+        missing += [f"nothing failed in {place}" for place in _LONG if place not in places]
+        if not places - set(_LONG):
+            missing.append("nothing failed in or between the short stages")
+        return missing
+
     def run(self, faults: int, deadline: float) -> None:
         """An undisturbed round, then others until so many faults happened or time is up.
 
@@ -105,7 +121,8 @@ class Campaign:
                     break
                 plan: list[Planned] = []
                 damaged = None
-                if not quiet():
+                # When only the start is left, faults there would go on for ever and show nothing.
+                if not quiet() and len(_left(run_dir)) > 1:
                     damaged = self._damage(run_dir)
                     # A damaged artifact must end the next run by itself.
                     if damaged is None or damaged.fault.startswith("checkpoint"):
@@ -130,8 +147,7 @@ class Campaign:
 
     def _plan(self, run_dir: Path) -> list[Planned]:
         """One fault that ends the attempt, and a few before it that must not."""
-        done = finished_stages(run_dir)
-        left = [stage for stage in STAGES if stage not in done]  # the start comes every time
+        left = _left(run_dir)
         last = self._rarest([fault for fault in FAULTS if fault.ends is not None], left)
         possible = [place for place in left if place in last.stages]
         soon = [place for place in left[:_AHEAD] if place in possible]
@@ -165,9 +181,13 @@ class Campaign:
         self._kinds[chosen.name] += 1
         return chosen
 
+    def _damaged_both(self) -> bool:
+        return not [missing for missing in self.not_shown() if missing.endswith(_DAMAGED)]
+
     def _damage(self, run_dir: Path) -> Injected | None:
         """Now and then, between two attempts, damage what the next one reads first."""
-        if not run_dir.joinpath("artifacts").is_dir() or self._chance.random() < 0.4:
+        spared = self._chance.random() < 0.4
+        if not run_dir.joinpath("artifacts").is_dir() or (spared and self._damaged_both()):
             return None
         checkpoints = sorted((run_dir / "work").glob("*/checkpoints/step-*"))
         if checkpoints:
@@ -186,6 +206,12 @@ class Campaign:
         folder = self._chance.choice(found)
         file = self._chance.choice(_with_content(folder))
         return Injected(f"artifact: {damage(file, self._chance)}", folder.name[:-13], 0.0)
+
+
+def _left(run_dir: Path) -> list[str]:
+    """Stages that the next attempt has before it; the start comes every time."""
+    done = finished_stages(run_dir)
+    return [stage for stage in STAGES if stage not in done]
 
 
 def _with_content(folder: Path) -> list[Path]:
