@@ -1,4 +1,9 @@
-"""One packed row through a model: the hidden states that the losses need, and no logits."""
+"""One packed row through a model: the hidden states that the losses need, and no logits.
+
+The parts of the model are called one by one, not through its own `forward`: that looks for the
+image tokens on the device and counts them, which halts the host several times a pass. A row knows
+where its image tokens are.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +17,10 @@ from torch import Tensor, nn
 
 from grace_core.models.families import Family, decoder_layers
 from grace_core.models.rows import PackedRow
+from grace_core.models.vision_arguments import vision_arguments
 
-# dims: L tokens of the row, N supervised tokens, d width, n visual tokens of one picture
+# dims: L tokens of the row, N supervised tokens, V image tokens, d width,
+#       n visual tokens of one picture
 
 
 @dataclass(frozen=True)
@@ -28,15 +35,24 @@ class RowStates:
 
 
 def row_states(model: Any, family: Family, row: PackedRow) -> RowStates:
-    """Run the decoder over a packed row; the language-model head is left to the losses."""
+    """Run the decoder over a packed row; the language-model head is left to the losses.
+
+    The model was loaded for packed rows (`load_model(..., attention="packed")`).
+    """
+    pictures, deepstack = _picture_features(model, family, row)
+    embedded = model.get_input_embeddings()(row.input_ids)
+    embedded = embedded.index_copy(1, row.image_places, pictures.to(embedded.dtype)[None])
+    arguments: dict[str, Any] = {}
+    if deepstack:
+        arguments = {"visual_pos_masks": row.image_places, "deepstack_visual_embeds": deepstack}
     layers = decoder_layers(model, family)
     with _output_of(layers[len(layers) - 2]) as captured:
-        output = model.model(
-            input_ids=row.input_ids,
-            position_ids=position_ids(model, family, row),
+        output = model.get_submodule(family.decoder)(
+            inputs_embeds=embedded,
+            position_ids=row.position_ids,
             use_cache=False,
-            sample_lengths=row.sample_lengths,
-            **row.pictures,
+            segments=row.samples,
+            **arguments,
         )
     (penultimate,) = captured
     return RowStates(
@@ -45,30 +61,17 @@ def row_states(model: Any, family: Family, row: PackedRow) -> RowStates:
     )
 
 
-def position_ids(model: Any, family: Family, row: PackedRow) -> Tensor:
-    """Positions of a packed row: each sample starts anew.
-
-    Returns:
-        (3, 1, L) M-RoPE positions, or (1, L) plain ones.
-    """
-    device = row.input_ids.device
-    if family.positions == "plain":
-        return torch.cat([torch.arange(n, device=device) for n in row.sample_lengths])[None]
-    image_token_id = model.config.image_token_id
-    grids = row.pictures["image_grid_thw"]
-    parts = []
-    start = picture = 0
-    for length, pictures in zip(row.sample_lengths, row.pictures_of_sample, strict=True):
-        ids = row.input_ids[:, start : start + length]
-        positions, _ = model.model.get_rope_index(
-            ids,
-            mm_token_type_ids=(ids == image_token_id).to(torch.int32),
-            image_grid_thw=grids[picture : picture + pictures] if pictures else None,
-        )
-        parts.append(positions)
-        start += length
-        picture += pictures
-    return torch.cat(parts, dim=-1)
+def _picture_features(model: Any, family: Family, row: PackedRow) -> tuple[Tensor, list[Tensor]]:
+    """(V, d) that take the image tokens' places, and (V, d) of each deepstack layer."""
+    arguments: dict[str, Any] = dict(row.pictures)
+    if family.positions == "multimodal":
+        tower = model.get_submodule(family.vision)
+        arguments |= vision_arguments(tower, row.grids, row.frames, row.input_ids.device)
+    output = model.model.get_image_features(**arguments, return_dict=True)
+    layers = getattr(output, "deepstack_features", None) or []
+    # A tensor up to transformers 5.17, one tensor for each picture later.
+    whole = [layer if isinstance(layer, Tensor) else torch.cat(layer) for layer in layers]
+    return torch.cat(list(output.pooler_output)), whole
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 from grace_core.config.model import CheckpointSource
 from grace_core.errors import GraceError
+from grace_core.models.deepstack import add_deepstack
 from grace_core.models.families import Family, family_of
 from grace_core.models.packed_attention import PACKED
 
@@ -121,8 +122,16 @@ def load_model(
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
     if attention == "packed":
-        model.set_attn_implementation({"text_config": PACKED, "vision_config": "sdpa"})
+        _expect_packed_rows(model, checkpoint.family)
     return model
+
+
+def _expect_packed_rows(model: Any, family: Family) -> None:
+    """Make this model, and no other of its class, take what `forward` hands to its decoder."""
+    model.set_attn_implementation({"text_config": PACKED, "vision_config": "sdpa"})
+    decoder = model.get_submodule(family.decoder)
+    if hasattr(decoder, "_deepstack_process"):
+        decoder._deepstack_process = add_deepstack
 
 
 def load_tokenizer(folder: Path) -> Any:

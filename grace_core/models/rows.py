@@ -8,7 +8,7 @@ reduce the same gradients and gather the same parameters whatever their rows hol
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from grace_core.data.pictures import open_picture
-from grace_core.models.visual_inputs import VisualInputs
+from grace_core.models.segments import Segments
+from grace_core.models.visual_inputs import Grid, VisualInputs
 
 # dims: L tokens of the row, N supervised tokens
 
@@ -32,8 +33,11 @@ class PackedRow:
     input_ids: Tensor
     """(1, L) int64."""
 
-    sample_lengths: list[int]
-    """Tokens of each sample, the filler included; adds up to L."""
+    position_ids: Tensor
+    """(3, 1, L) int64 M-RoPE positions, or (1, L) plain ones; each sample starts anew."""
+
+    samples: Segments
+    """Tokens of each sample, the filler included; add up to L."""
 
     predicting: Tensor
     """(N,) int64: positions whose hidden states predict the supervised tokens."""
@@ -44,24 +48,42 @@ class PackedRow:
     visual_spans: list[tuple[int, int]]
     """Start and number of image tokens of each picture, the filler's left out."""
 
-    pictures: dict[str, Tensor]
-    """The model's picture arguments, filler included."""
+    image_places: Tensor
+    """(V,) int64: places of all image tokens in the row, in order, the filler's included."""
 
-    pictures_of_sample: list[int]
-    """Number of pictures in each sample, the filler included."""
+    pictures: dict[str, Tensor]
+    """The model's picture arguments, filler included; grids stay on the CPU."""
+
+    grids: list[Grid]
+    """Patches of each picture, the filler included."""
+
+    frames: Segments
+    """Patches of each frame of each picture: attention of a vision tower stays within them."""
 
     record_indexes: list[int]
     """Records the samples came from, in order."""
 
     def to(self, device: torch.device) -> PackedRow:
-        """The same row on another device."""
+        """The same row on another device; what the host needs to know stays with it."""
+        return self._moved(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> PackedRow:
+        """The same row in page-locked memory, from where copies do not halt the host."""
+        return self._moved(Tensor.pin_memory)
+
+    def _moved(self, move: Callable[[Tensor], Tensor]) -> PackedRow:
         return replace(
             self,
-            input_ids=self.input_ids.to(device, non_blocking=True),
-            predicting=self.predicting.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
+            input_ids=move(self.input_ids),
+            position_ids=move(self.position_ids),
+            samples=self.samples.moved(move),
+            predicting=move(self.predicting),
+            labels=move(self.labels),
+            image_places=move(self.image_places),
+            frames=self.frames.moved(move),
             pictures={
-                name: value.to(device, non_blocking=True) for name, value in self.pictures.items()
+                name: value if name == "image_grid_thw" else move(value)
+                for name, value in self.pictures.items()
             },
         )
 
@@ -73,8 +95,9 @@ def packed_row(samples: Sequence[Mapping[str, Any]], visual: VisualInputs) -> Pa
     predicting: list[int] = []
     labels: list[int] = []
     spans: list[tuple[int, int]] = []
+    positions: list[Tensor] = []
     images: list[Image.Image] = []
-    counts: list[int] = []
+    grids: list[Grid] = []
     for sample in samples:
         start = len(ids)
         tokens = sample["input_ids"]
@@ -82,39 +105,53 @@ def packed_row(samples: Sequence[Mapping[str, Any]], visual: VisualInputs) -> Pa
         assert supervised and supervised[0] > 0, "a sample supervises something, never its start"
         predicting += [start + i - 1 for i in supervised]
         labels += [tokens[i] for i in supervised]
-        spans += _visual_spans(tokens, start, sample["image_grids"], visual)
+        grids_here = [(frames, rows, columns) for frames, rows, columns in sample["image_grids"]]
+        spans_here = _visual_spans(tokens, start, grids_here, visual)
+        starts = [first - start for first, _ in spans_here]
+        positions.append(visual.positions(len(tokens), starts, grids_here))
         images += [open_picture(content, _ADMITTED_PIXELS) for content in sample["images"]]
-        counts.append(len(sample["images"]))
+        grids += grids_here
+        spans += spans_here
         ids += tokens
         lengths.append(len(tokens))
     if not images:
         filler = visual.smallest_picture()
-        tokens_of_filler = visual.tokens(visual.grid(filler))
+        grid, count = visual.grid_and_tokens(filler)
+        positions.append(visual.positions(count, [0], [grid]))
         images.append(filler)
-        counts.append(1)
-        ids += [visual.image_token_id] * tokens_of_filler
-        lengths.append(tokens_of_filler)
+        grids.append(grid)
+        ids += [visual.image_token_id] * count
+        lengths.append(count)
+    input_ids = torch.tensor([ids], dtype=torch.long)
     return PackedRow(
-        input_ids=torch.tensor([ids], dtype=torch.long),
-        sample_lengths=lengths,
+        input_ids=input_ids,
+        position_ids=_with_batch(torch.cat(positions, dim=1)),
+        samples=Segments.of(lengths),
         predicting=torch.tensor(predicting, dtype=torch.long),
         labels=torch.tensor(labels, dtype=torch.long),
         visual_spans=spans,
+        image_places=(input_ids[0] == visual.image_token_id).nonzero().flatten(),
         pictures=visual.tensors(images),
-        pictures_of_sample=counts,
+        grids=grids,
+        frames=Segments.of([rows * columns for t, rows, columns in grids for _ in range(t)]),
         record_indexes=[int(sample["record_index"]) for sample in samples],
     )
 
 
+def _with_batch(positions: Tensor) -> Tensor:
+    """Positions of a batch of one row: (3, 1, L) from (3, L), or (1, L) as they are."""
+    return positions if len(positions) == 1 else positions[:, None]
+
+
 def _visual_spans(
-    tokens: Sequence[int], start: int, grids: Sequence[Sequence[int]], visual: VisualInputs
+    tokens: Sequence[int], start: int, grids: Sequence[Grid], visual: VisualInputs
 ) -> list[tuple[int, int]]:
     """Where each picture's image tokens stand; pictures follow one another in the sequence."""
     places = [i for i, token in enumerate(tokens) if token == visual.image_token_id]
     spans = []
     first = 0
     for grid in grids:
-        count = visual.tokens((grid[0], grid[1], grid[2]))
+        count = visual.tokens(grid)
         place = places[first : first + count]
         assert len(place) == count and place[-1] - place[0] == count - 1, (
             "the image tokens of one picture stand together"

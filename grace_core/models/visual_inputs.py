@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_res
 
 from grace_core.errors import GraceError
 from grace_core.models.loading import CheckpointFolder, load_image_processor
+from grace_core.models.positions import multimodal_positions, plain_positions
 
 Grid = tuple[int, int, int]
 """Patches of a picture in time, height and width, before merging."""
@@ -76,6 +78,17 @@ class VisualInputs:
         """Both of the above; what data preparation stores."""
         grid = self.grid(image)
         return grid, self.tokens(grid)
+
+    def positions(self, length: int, starts: Sequence[int], grids: Sequence[Grid]) -> Tensor:
+        """Rotary positions of a sample: (3, length) M-RoPE or (1, length) plain ones, int64.
+
+        starts: place of each picture's first token in the sample; grids: of each, in patches.
+        """
+        if not self._has_grids:
+            return plain_positions(length)
+        merge = self.processor.merge_size
+        merged = [(frames, rows // merge, columns // merge) for frames, rows, columns in grids]
+        return multimodal_positions(length, list(zip(starts, merged, strict=True)))
 
     def tensors(self, images: list[Image.Image]) -> dict[str, Tensor]:
         """The model's keyword arguments for these pictures, in order; CPU, fp32."""

@@ -256,6 +256,7 @@ class Trainer:
             batch_size=None,
             num_workers=training.data_workers,
             prefetch_factor=4 if training.data_workers else None,
+            pin_memory=self.device.type == "cuda",
         )
         return iter(loader)
 
