@@ -42,7 +42,7 @@ def make_job(root: Path, name: str, **training: Any) -> TrainingJob:
                 "rows_per_step": 4,
                 "learning_rate": 1e-3,
                 "zero_stage": 2,
-                "gradient_checkpointing": False,
+                "recompute": "none",
                 "checkpoint_every": 25,
                 **training,
             },

@@ -122,7 +122,7 @@ def test_the_real_recipe_has_the_papers_hyperparameters() -> None:
         assert (training.scale_learning_rate, training.weight_decay) == (1e-4, 1e-3)
         assert (training.warmup_share, training.max_grad_norm) == (0.03, 1.0)
         assert (training.zero_stage, training.row_tokens) == (2, 8192)
-        assert training.gradient_checkpointing
+        assert training.recompute == "auto"
         terms = objective.distillation
         assert (terms.temperature, terms.alpha, terms.beta_dkd) == (2, 1, 4)
         assert (objective.relational.omega, objective.relational.warmup_steps) == (3, 400)

@@ -84,7 +84,7 @@ class World:
                 "scale_learning_rate": 1e-3,
                 "zero_stage": zero,
                 "zero3_persistence_elements": 0,
-                "gradient_checkpointing": False,
+                "recompute": "none",
                 "warmup_share": 0.0,
                 **training,
             },
@@ -171,7 +171,7 @@ def cases_of_two(world: World) -> list[dict[str, Any]]:
         {
             "name": f"recomputed-zero{z}",
             "do": "first_step",
-            "job": job("x", zero=z, precision="w4", **FREE, gradient_checkpointing=True),
+            "job": job("x", zero=z, precision="w4", **FREE, recompute="all"),
         }
         for z in (2, 3)
     ]

@@ -21,6 +21,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PlainValidator,
     field_validator,
     model_validator,
 )
@@ -35,6 +36,12 @@ def _no_switch(value: Any) -> Any:
     return value
 
 
+def _layers(value: Any) -> Any:
+    if value in ("auto", "none", "all") or (type(value) is int and value >= 0):
+        return value
+    raise ValueError("should be auto, none, all, or a number of layers")
+
+
 Int = Annotated[int, BeforeValidator(_no_switch)]
 Float = Annotated[float, BeforeValidator(_no_switch)]
 PositiveInt = Annotated[Int, Field(gt=0)]
@@ -43,6 +50,7 @@ Rate = Annotated[Float, Field(gt=0.0, le=1.0)]
 RepositoryName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=80)]
 SlurmValue = Annotated[str, Field(pattern=r"^\S+$")]
 SlurmOption = Annotated[str, Field(pattern=r"^-[^\r\n]+$")]
+Layers = Annotated[Literal["auto", "none", "all"] | int, PlainValidator(_layers)]
 Precision = Literal["w8", "w4"]
 BenchmarkName = Literal["toy-choice", "toy-yesno"]
 
@@ -194,7 +202,14 @@ class Training(Section):
     data_workers: Int = Field(
         0, ge=0, description="processes a rank that decode pictures ahead; 0 decodes in the loop"
     )
-    gradient_checkpointing: bool = True
+    recompute: Layers = Field(
+        "auto",
+        description="decoder layers computed again in the backward pass instead of kept: none, "
+        "all, so many, or auto: on a GPU as many as do not fit, on a CPU none",
+    )
+    kernels: Literal["auto", "plain"] = Field(
+        "auto", description="auto: fused kernels on a GPU; plain: the library's own everywhere"
+    )
     logits_chunk_tokens: PositiveInt = Field(
         1024, description="supervised tokens whose logits exist at one time"
     )

@@ -1,7 +1,7 @@
 """What differs between the model families: where their parts are.
 
 A family is data, not a class hierarchy: adding one means adding an entry to `FAMILIES` and, where
-its pictures or positions follow a new rule, a branch in `visual_inputs` or `forward`. No torch is
+its pictures or positions follow a new rule, a branch in `visual_inputs`. No torch is
 loaded here, so that a checkpoint's headers can be judged before anything heavy is.
 """
 
@@ -44,7 +44,10 @@ class Family:
     """Modules between vision tower and decoder that are trained, even inside `vision`."""
 
     positions: Literal["multimodal", "plain"]
-    """multimodal: M-RoPE positions from the model's own rule; plain: 0, 1, 2, ..."""
+    """multimodal: M-RoPE positions from the pictures' grids; plain: 0, 1, 2, ..."""
+
+    head_norms: bool = False
+    """Whether the decoder normalises queries and keys."""
 
 
 FAMILIES = {
@@ -57,6 +60,7 @@ FAMILIES = {
             "model.visual",
             ("model.visual.merger",),
             "multimodal",
+            head_norms=True,
         ),
         Family(
             "qwen2_vl",

@@ -31,6 +31,7 @@ from grace_core.losses.objective import (
     teacher_row,
 )
 from grace_core.models.families import set_trainable
+from grace_core.models.fused_forward import choose_forward
 from grace_core.models.loading import check_pair, load_model, read_checkpoint
 from grace_core.models.rows import PackedRow, packed_row
 from grace_core.models.visual_inputs import VisualInputs, check_same_tokens
@@ -45,6 +46,7 @@ from grace_core.training.optimizer import (
     set_rate,
     weight_optimizer,
 )
+from grace_core.training.recompute import choose_recomputed_layers, later_bytes, recompute_layers
 from grace_core.training.reports import Agreement, Reporter, StepReport, agree
 from grace_core.training.result import write_result
 from grace_core.training.saved import Layout, Saved, latest_checkpoint
@@ -88,12 +90,7 @@ class Trainer:
             self.teacher = self._load_teacher(folder)
         model = load_model(folder, device=device, attention="packed").train()
         set_trainable(model, self.family, training.trainable)
-        if training.gradient_checkpointing:
-            # Not reentrant: the penultimate states are read inside the checkpointed layers.
-            # ZeRO-3 empties parameters between passes, which the shape check would object to.
-            model.gradient_checkpointing_enable(
-                {"use_reentrant": False, "determinism_check": "none"}
-            )
+        choose_forward(model, self.family, training.kernels)
 
         layout = Layout(self.processes, training.zero_stage)
         saved = _agreed(job, layout)
@@ -113,6 +110,13 @@ class Trainer:
             model, self.family, job.objective, chunk_tokens=training.logits_chunk_tokens
         )
         self.engine = _deepspeed_engine(self.student, job, self.processes, device)
+        quantized = self.bank is not None
+        later = later_bytes(model, training, processes=self.processes, quantized=quantized)
+        recompute_layers(
+            model,
+            self.family,
+            choose_recomputed_layers(model, self.family, training, later_bytes=later),
+        )
         self.controller = make_controller(job.objective)
         self.layout = layout
         self.step = 0
@@ -247,6 +251,7 @@ class Trainer:
         )
         check_same_tokens(visual, self.visual)
         model = load_model(folder, device=self.device, attention="packed")
+        choose_forward(model, folder.family, self.job.training.kernels)
         return model.requires_grad_(False)
 
     def _rows(self) -> Iterator[PackedRow]:
