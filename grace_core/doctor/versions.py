@@ -72,7 +72,7 @@ def _python() -> Iterator[Finding]:
 def _declared_ranges() -> Iterator[Finding]:
     """The ranges of pyproject.toml, as the installed distribution repeats them.
 
-    Packages of the extra `orchestrate` count where they are installed.
+    Packages of the extras `orchestrate` and `gpu` count where they are installed.
     """
     try:
         lines = metadata.requires(DISTRIBUTION) or []
@@ -82,7 +82,7 @@ def _declared_ranges() -> Iterator[Finding]:
     for line in lines:
         wanted = Requirement(line)
         optional = not _applies(wanted, extra="")
-        if optional and not _applies(wanted, extra="orchestrate"):
+        if optional and not any(_applies(wanted, extra) for extra in ("orchestrate", "gpu")):
             continue
         version = installed(wanted.name)
         if version is None and optional:
