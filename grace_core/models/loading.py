@@ -122,11 +122,11 @@ def load_model(
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
     if attention == "packed":
-        _expect_packed_rows(model, checkpoint.family)
+        expect_packed_rows(model, checkpoint.family)
     return model
 
 
-def _expect_packed_rows(model: Any, family: Family) -> None:
+def expect_packed_rows(model: Any, family: Family) -> None:
     """Make this model, and no other of its class, take what `forward` hands to its decoder."""
     model.set_attn_implementation({"text_config": PACKED, "vision_config": "sdpa"})
     decoder = model.get_submodule(family.decoder)

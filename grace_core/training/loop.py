@@ -17,6 +17,7 @@ import deepspeed
 import torch
 from datasets import load_from_disk
 from torch import distributed as dist
+from torch import nn
 from torch.utils.data import DataLoader
 
 from grace_core.data.packing import planned_steps, rows_of_steps
@@ -32,7 +33,7 @@ from grace_core.losses.objective import (
 )
 from grace_core.models.families import set_trainable
 from grace_core.models.fused_forward import choose_forward
-from grace_core.models.loading import check_pair, load_model, read_checkpoint
+from grace_core.models.loading import CheckpointFolder, check_pair, load_model, read_checkpoint
 from grace_core.models.rows import PackedRow, packed_row
 from grace_core.models.visual_inputs import VisualInputs, check_same_tokens
 from grace_core.quantization.convert import convert
@@ -88,7 +89,7 @@ class Trainer:
         self.teacher: Any = None
         if job.objective.needs_teacher:
             self.teacher = self._load_teacher(folder)
-        model = load_model(folder, device=device, attention="packed").train()
+        model = self._load_student(folder).train()
         set_trainable(model, self.family, training.trainable)
         choose_forward(model, self.family, training.kernels)
 
@@ -109,7 +110,7 @@ class Trainer:
         self.student = StudentObjective(
             model, self.family, job.objective, chunk_tokens=training.logits_chunk_tokens
         )
-        self.engine = _deepspeed_engine(self.student, job, self.processes, device)
+        self.engine = deepspeed_engine(self.student, job, self.processes, device)
         quantized = self.bank is not None
         later = later_bytes(model, training, processes=self.processes, quantized=quantized)
         recompute_layers(
@@ -242,7 +243,10 @@ class Trainer:
     def _rows_per_process(self) -> int:
         return self.job.training.rows_per_step // self.processes
 
-    def _load_teacher(self, student: Any) -> Any:
+    def _load_student(self, folder: CheckpointFolder) -> Any:
+        return load_model(folder, device=self.device, attention="packed")
+
+    def _load_teacher(self, student: CheckpointFolder) -> Any:
         assert self.job.teacher is not None, "the objective needs a teacher"
         folder = read_checkpoint(self.job.teacher)
         check_pair(folder, student)
@@ -399,8 +403,8 @@ class _RankRows(torch.utils.data.IterableDataset[PackedRow]):
                 number += 1
 
 
-def _deepspeed_engine(
-    student: StudentObjective, job: TrainingJob, processes: int, device: torch.device
+def deepspeed_engine(
+    student: nn.Module, job: TrainingJob, processes: int, device: torch.device
 ) -> Any:
     """Hand the student to DeepSpeed, keeping fp32 buffers (rotary frequencies) in fp32.
 

@@ -1,0 +1,227 @@
+"""What the rows of the table share: models, rows of samples, and one cycle of the real training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grace_core.bench import plain
+from grace_core.bench.floors import BF16
+from grace_core.bench.measure import GIB
+from grace_core.bench.random_models import random_model, trained_weights, twin
+from grace_core.bench.samples import RandomRows, folder_without_weights
+from grace_core.bench.shapes import Shapes
+from grace_core.config.model import Objective, Training
+from grace_core.losses.objective import (
+    GlobalCounts,
+    StudentObjective,
+    TermWeights,
+    teacher_row,
+)
+from grace_core.models.activations import layer_activations, layers_to_recompute
+from grace_core.models.families import Family, set_trainable
+from grace_core.models.fused_forward import choose_forward
+from grace_core.models.loading import expect_packed_rows
+from grace_core.models.rows import PackedRow
+from grace_core.quantization.convert import convert, quantizable_linears
+from grace_core.quantization.scales import ScaleBank
+from grace_core.training.recompute import recompute_layers
+
+BITS, GROUP_SIZE = 4, 128
+"""Of the rows that quantize: the smaller release."""
+
+
+MEMORY_GOAL_GIB = 10.0
+"""Of the BF16 step on one H200, gradients included."""
+
+_BESIDE_ACTIVATIONS_GIB = 1.0
+"""Of it: logits, the vision tower's and the teacher's passes."""
+
+_DIFFERENT_ROWS = 2
+"""Reading pictures takes the CPU longer than a step takes a GPU."""
+
+
+class Workbench:
+    """Models on one device, made when a row first asks for them.
+
+    Weights are held once: the plain implementation's modules refer to the training's.
+
+    Attributes:
+        objective: GRACE with its defaults.
+        training: the loop's defaults.
+        family: the models' family.
+    """
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        device: torch.device,
+        folder: Path,
+        *,
+        dtype: torch.dtype = torch.bfloat16,
+        recompute: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """
+        Args:
+            folder: an empty one for the few small files that a checkpoint has beside weights.
+            recompute: decoder layers that the student computes again in its backward pass; None:
+                the fewest with which the BF16 step keeps within `MEMORY_GOAL_GIB`.
+        """
+        self.shapes = shapes
+        self.device = device
+        self.dtype = dtype
+        self.objective = Objective()
+        self.training = Training(steps=1)
+        self.checkpoint = folder_without_weights(folder / "student", shapes, "student")
+        self.family: Family = self.checkpoint.family
+        self._recompute = recompute
+        self._seed = seed
+        self._rows = RandomRows(shapes, self.checkpoint, seed=seed)
+
+    @property
+    def vocabulary(self) -> int:
+        return int(self.shapes.config("student").text_config.vocab_size)
+
+    @cached_property
+    def teacher(self) -> Any:
+        """Frozen, as the training loads it."""
+        torch.manual_seed(self._seed)
+        model = random_model(self.shapes, "teacher", self.device, dtype=self.dtype)
+        expect_packed_rows(model, self.family)
+        choose_forward(model, self.family, self.training.kernels)
+        return model.requires_grad_(False)
+
+    @cached_property
+    def student(self) -> Any:
+        """As the training sets it up."""
+        model = self.new_student().train()
+        set_trainable(model, self.family, "language")
+        choose_forward(model, self.family, self.training.kernels)
+        recompute_layers(model, self.family, self.recomputed_layers)
+        return model
+
+    @cached_property
+    def recomputed_layers(self) -> int:
+        """Of the student's decoder, in every row but the one with the optimizer."""
+        if self._recompute is not None:
+            return self._recompute
+        shapes, text = self.shapes, self.shapes.config("student").text_config
+        gradients = BF16 * trained_weights(shapes, self.family)
+        free = (MEMORY_GOAL_GIB - _BESIDE_ACTIVATIONS_GIB) * GIB - gradients
+        each = layer_activations(
+            text,
+            self.family,
+            fused=self.device.type == "cuda" and self.training.kernels == "auto",
+            element_bytes=self.dtype.itemsize,
+        )
+        tokens = shapes.samples * shapes.sample_tokens
+        count, _ = layers_to_recompute(text.num_hidden_layers, tokens, each, int(free))
+        return count
+
+    @cached_property
+    def plain_teacher(self) -> Any:
+        return twin(self.teacher, self.shapes, "teacher")
+
+    @cached_property
+    def plain_student(self) -> Any:
+        return plain.prepare_student(twin(self.student, self.shapes, "student"), self.family)
+
+    def new_student(self) -> Any:
+        """A student as the training loads it; `seed` decides its weights."""
+        model = self.new_plain_student()
+        expect_packed_rows(model, self.family)
+        return model
+
+    def new_plain_student(self) -> Any:
+        """The same as transformers makes it."""
+        torch.manual_seed(self._seed + 1)
+        return random_model(self.shapes, "student", self.device, dtype=self.dtype)
+
+    def forget_student(self) -> None:
+        """Make room for one of another kind."""
+        for name in ("student", "plain_student"):
+            self.__dict__.pop(name, None)
+
+    def rows(self, samples: int, count: int) -> list[PackedRow]:
+        """Packed rows on the device; a few different ones taken again and again."""
+        made = [self._rows.row(samples).to(self.device) for _ in range(min(count, _DIFFERENT_ROWS))]
+        return [made[number % len(made)] for number in range(count)]
+
+    def batch(self, row: PackedRow, samples: int) -> plain.Batch:
+        """The row's samples for the plain implementation."""
+        return plain.Batch.of(row, samples, self.shapes.config("student").image_token_id)
+
+    def cycle(self, rows: Sequence[PackedRow]) -> Tensor:
+        """One accumulation cycle as the training loop makes it, without the optimizer.
+
+        Gradients are left in the student's parameters. Returns the loss of the whole cycle.
+        """
+        student = StudentObjective(
+            self.student,
+            self.family,
+            self.objective,
+            chunk_tokens=self.training.logits_chunk_tokens,
+        )
+        taught = [
+            teacher_row(
+                self.teacher,
+                self.family,
+                self.objective,
+                row,
+                chunk_tokens=self.training.logits_chunk_tokens,
+            )
+            for row in rows
+        ]
+        counts = GlobalCounts(
+            tokens=sum(len(row.labels) for row in rows),
+            gates=float(torch.stack([of_row.gates.double().sum() for of_row in taught]).sum()),
+            pictures=sum(relation.counts for of_row in taught for relation in of_row.relations),
+        )
+        weights = TermWeights.of(
+            self.objective,
+            counts,
+            beta=self.objective.controller.beta_init,
+            omega=self.objective.relational.omega,
+        )
+        total = torch.zeros((), device=self.device)
+        for row, of_row in zip(rows, taught, strict=True):
+            loss, _ = student(row, of_row, weights)
+            loss.backward()
+            total += loss.detach()
+        return total
+
+    def plain_step(self, batch: plain.Batch) -> Tensor:
+        """Forward and backward of the plain implementation; returns its loss."""
+        loss = plain.loss_of(
+            self.plain_teacher, self.plain_student, self.family, self.objective, batch
+        )
+        loss.backward()
+        return loss.detach()
+
+    def drop_gradients(self) -> None:
+        """Both implementations share the parameters, so there is one set of gradients."""
+        self.student.zero_grad(set_to_none=True)
+
+    @contextmanager
+    def quantized(self) -> Iterator[ScaleBank]:
+        """Both students with fake-quantized weights, inside the block."""
+        linears = quantizable_linears(self.student, self.family.decoder)
+        bank = convert(
+            self.student, decoder_prefix=self.family.decoder, bits=BITS, group_size=GROUP_SIZE
+        )
+        thetas = {name: theta.requires_grad_() for name, theta in bank.state_dict().items()}
+        try:
+            with plain.quantized(
+                self.plain_student, self.family, thetas, bits=BITS, group_size=GROUP_SIZE
+            ):
+                yield bank
+        finally:
+            for name, linear in linears.items():
+                self.student.set_submodule(name, linear)

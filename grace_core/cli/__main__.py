@@ -1,0 +1,5 @@
+"""`python -m grace_core.cli`: the commands where no `grace` is installed."""
+
+from grace_core.cli import main
+
+main()

@@ -1,0 +1,159 @@
+"""Commands of the bench: how fast, how large, and the whole pipeline at real size."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from grace_core.cli.app import app, console
+from grace_core.whole_files import write_whole
+
+if TYPE_CHECKING:
+    from grace_core.bench.table import BenchTable, Line
+
+bench = typer.Typer(invoke_without_command=True, add_completion=False)
+app.add_typer(bench, name="bench", rich_help_panel="Performance")
+
+ShapesOption = Annotated[
+    Literal["real", "toy"],
+    typer.Option(help="real: Qwen3-VL 8B teaches 2B; toy: tiny models, for any machine."),
+]
+DeviceOption = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to compute.")]
+
+
+@bench.callback(
+    epilog="Examples:\n\n"
+    "grace bench                                     every row, on the GPU\n\n"
+    "grace bench --rows gdkd,heads --repeats 20      two rows\n\n"
+    "grace bench --profile w4-micro-step             what a row spends its time on\n\n"
+    "grace bench --shapes toy --device cpu           seconds, on any machine\n\n"
+    "torchrun --nproc-per-node 2 -m grace_core.cli bench --one-gpu runs/bench/bench.json",
+)
+def run_bench(
+    context: typer.Context,
+    rows: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows to measure, with commas between; without, all: bf16-step, w4-step, "
+            "w4-step-alone, w4-micro-step, gdkd, heads, fake-quantization, training-step.",
+            show_default=False,
+        ),
+    ] = None,
+    shapes: ShapesOption = "real",
+    device: DeviceOption = "auto",
+    repeats: Annotated[int, typer.Option(min=2, help="Repeats of a row, at most.")] = 10,
+    recompute: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Decoder layers that the student computes again in its backward pass. Without: "
+            "as few as keep the BF16 step within 10 GiB.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for bench.json and bench.md.")] = Path(
+        "runs/bench"
+    ),
+    profile: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROW",
+            help="Instead of measuring: profile one run of this row, longest kernels first.",
+            show_default=False,
+        ),
+    ] = None,
+    one_gpu: Annotated[
+        Path | None,
+        typer.Option(
+            help="bench.json of a run on one GPU, to compare several GPUs' throughput with.",
+            show_default=False,
+        ),
+    ] = None,
+) -> None:
+    """Measure the training beside a plain implementation, on random weights.
+
+    Each row gives the median time of a micro-batch, the peak of GPU memory above
+    weights and inputs, and the least time that its operations or bytes can take on
+    this device, whose rates are measured first. Goals are shown on the device that
+    they are stated for, one H200. docs/performance.md explains the rows.
+
+    Started by torchrun on several GPUs, only training-step is measured, unless
+    rows are named. A row that fails is shown as failed; the exit code is then 1.
+    """
+    if context.invoked_subcommand is not None:
+        return
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries would tear ours apart
+    from grace_core.bench.device import bench_device
+
+    where = bench_device(device)
+    os.environ["DS_ACCELERATOR"] = where.type  # DeepSpeed chooses on import
+    from grace_core.bench.run import TRAINING_STEP, Bench
+
+    first = os.environ.get("RANK", "0") == "0"
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    with tempfile.TemporaryDirectory(prefix="grace-bench-") as folder:
+        made = Bench(shapes, where, Path(folder), repeats=repeats, recompute=recompute)
+        if profile is not None:
+            text = made.profile(profile)
+            if first:
+                _write(output, f"profile-{profile}.txt", text)
+                console.print(text, markup=False, highlight=False, soft_wrap=True)
+            return
+        names = rows.split(",") if rows else made.names if alone else [TRAINING_STEP]
+        table: BenchTable | None = None
+        for table in made.run(names):
+            if one_gpu is not None:
+                table = table.compared_with(one_gpu)
+            if first:
+                _write(output, "bench.json", table.to_json())
+                _write(output, "bench.md", table.to_markdown())
+                _show(table.lines[-1])
+    assert table is not None, "a bench has at least one row"
+    if first:
+        console.print(table.to_rich())
+    if table.failed:
+        raise typer.Exit(1)
+
+
+@bench.command(
+    "checkpoint",
+    epilog="Example: grace bench checkpoint student runs/random/student --shapes real",
+)
+def checkpoint(
+    role: Annotated[
+        Literal["teacher", "student"], typer.Argument(help="Which model.", show_default=False)
+    ],
+    folder: Annotated[Path, typer.Argument(help="Folder to write.", show_default=False)],
+    shapes: ShapesOption = "real",
+    device: DeviceOption = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the weights.")] = 0,
+) -> None:
+    """Write a checkpoint of random weights: an ordinary Hugging Face folder.
+
+    The real teacher takes 17.5 GB, the real student 4.3 GB. Its tokenizer is the
+    toy one with Qwen's control tokens at their published ids.
+    """
+    from grace_core.bench.device import bench_device
+    from grace_core.bench.random_models import save_random_checkpoint
+    from grace_core.bench.shapes import SHAPES
+
+    save_random_checkpoint(folder, SHAPES[shapes], role, bench_device(device), seed=seed)
+    typer.echo(folder)
+
+
+def _show(line: Line) -> None:
+    times = [
+        f"{which} {measured.milliseconds:.4g} ms" if measured else f"{which} failed"
+        for which, measured in (("ours", line.ours), ("plain", line.plain))
+    ]
+    text = f"{line.name}: {', '.join(times)}"
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _write(folder: Path, name: str, text: str) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / name, text)
