@@ -10,9 +10,13 @@ from grace_core.config.model import Training
 from grace_core.training.zero import deepspeed_settings
 
 
-def settings(processes: int = 2, device: Any = "cpu", **training: Any) -> dict[str, Any]:
+def settings(
+    processes: int = 2, device: Any = "cpu", quantized: bool = False, **training: Any
+) -> dict[str, Any]:
     training = {"steps": 1, "rows_per_step": 8, **training}
-    return deepspeed_settings(Training(**training), processes=processes, device=device)
+    return deepspeed_settings(
+        Training(**training), processes=processes, device=device, quantized=quantized
+    )
 
 
 @pytest.mark.parametrize(
@@ -52,9 +56,20 @@ def test_communication_overlaps_on_gpus_only(device: str, overlaps: bool) -> Non
 
 def test_it_is_a_pure_function() -> None:
     training = Training(steps=1, rows_per_step=8)
-    first = deepspeed_settings(training, processes=2, device="cpu")
+    how: dict[str, Any] = dict(processes=2, device="cpu", quantized=False)
+    first = deepspeed_settings(training, **how)
     first["zero_optimization"]["stage"] = 99
-    assert deepspeed_settings(training, processes=2, device="cpu") == settings()
+    assert deepspeed_settings(training, **how) == settings()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_are_reduced_in_fp32_where_scales_need_it(stage: int) -> None:
+    def reduced_in(processes: int, quantized: bool) -> Any:
+        found = settings(processes, quantized=quantized, zero_stage=stage)
+        return found["communication_data_type"]
+
+    assert reduced_in(2, quantized=True) == ("fp32" if stage in (1, 2) else None)
+    assert reduced_in(1, quantized=True) is reduced_in(2, quantized=False) is None
 
 
 def test_rows_that_cannot_be_shared_out_are_a_programming_error() -> None:

@@ -1,10 +1,15 @@
-"""A linear layer whose weight is fake-quantized in every forward pass.
+"""A linear layer that computes with its fake-quantized weight.
 
-Equations: :mod:`grace_core.quantization.lsq`. One autograd function covers quantizer and matrix
-product, because then nothing of the weight's size has to live between forward and backward: both
-passes compute W_hat from the latent weight and theta. The latent weight is saved as the parameter
-itself, which also makes the layer right under ZeRO-3, where ``weight.data`` is gathered for the
-forward pass, released, and gathered again for the backward pass.
+Equations: :mod:`grace_core.quantization.lsq`. The weight is quantized in one of two ways:
+
+*In every pass.* One autograd function covers quantizer and matrix product, because then nothing of
+the weight's size has to live between forward and backward: both passes compute W_hat from the
+latent weight and theta. The latent weight is saved as the parameter itself, which also makes the
+layer right under ZeRO-3, where ``weight.data`` is gathered for the forward pass, released, and
+gathered again for the backward pass.
+
+*Once for an accumulation cycle.* :class:`~grace_core.quantization.cycle.QuantizationCycle` puts
+W_hat in the weight's place, and the layer is an ordinary linear layer as long.
 
 Shapes: M tokens (all leading dimensions together), O output features, I input features.
 """
@@ -18,7 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from grace_core.quantization.lsq import code_range, grouped, quantize, stored_scale
+from grace_core.quantization.lsq import quantize, stored_scale
+from grace_core.quantization.straight_through import GradientShare, map_gradients, quantize_layers
 
 
 class QuantizedLinear(nn.Linear):
@@ -32,6 +38,10 @@ class QuantizedLinear(nn.Linear):
     Args:
         linear: the layer to replace; its parameters are shared, not copied.
         theta: (O, I / group_size) fp32 log-scales, a leaf.
+
+    Attributes:
+        holds_w_hat: ``weight`` is W_hat at present, not the latent weight. Gradients of ``weight``
+            are then those of W_hat, and theta gets none, until the cycle maps them.
     """
 
     theta: Tensor
@@ -47,10 +57,13 @@ class QuantizedLinear(nn.Linear):
         self.theta = theta
         self.bits = bits
         self.group_size = group_size
+        self.holds_w_hat = False
         self.train(linear.training)
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., I) -> (..., O), in the dtype of ``input``."""
+        if self.holds_w_hat:
+            return F.linear(input, self.weight, self.bias)
         output: Tensor = _FakeQuantizedLinear.apply(
             input, self.weight, self.theta, self.bias, self.bits, self.group_size
         )
@@ -58,6 +71,7 @@ class QuantizedLinear(nn.Linear):
 
     def codes(self) -> Tensor:
         """The integer codes of the present weight and scales, int8 (O, I)."""
+        assert not self.holds_w_hat, "the codes are those of the latent weight; end the cycle first"
         return quantize(self.weight, stored_scale(self.theta), self.bits, self.group_size)
 
     def extra_repr(self) -> str:
@@ -78,10 +92,8 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, theta)
         ctx.bits, ctx.group_size = bits, group_size
         ctx.bias_dtype = None if bias is None else bias.dtype
-        step = stored_scale(theta).float().unsqueeze(-1)
-        ratio = grouped(weight, group_size) / step  # promoted to fp32
-        w_hat = ratio.round_().clamp_(*code_range(bits)).mul_(step).to(x.dtype).flatten(1)
-        return F.linear(x, w_hat, bias)
+        scales = stored_scale(theta).flatten()
+        return F.linear(x, _w_hat(weight, scales, x.dtype, bits, group_size), bias)
 
     @staticmethod
     @once_differentiable
@@ -91,21 +103,31 @@ class _FakeQuantizedLinear(torch.autograd.Function):
         grad_x = grad_weight = grad_theta = grad_bias = None
         grad_rows = grad_output.reshape(-1, grad_output.shape[-1])  # (M, O)
 
-        step = stored_scale(theta).float().unsqueeze(-1)
-        ratio = grouped(weight, ctx.group_size) / step
-        rounded = ratio.round()
-        codes = rounded.clamp(*code_range(ctx.bits))
+        scales = stored_scale(theta).flatten()
         if needs_x:
-            grad_x = (grad_rows @ (codes * step).to(x.dtype).flatten(1)).view(x.shape)
+            w_hat = _w_hat(weight, scales, x.dtype, ctx.bits, ctx.group_size)
+            grad_x = (grad_rows @ w_hat).view(x.shape)
         if needs_weight or needs_theta:
-            outside = codes != rounded
-            grad_w_hat = grouped(grad_rows.t() @ x.reshape(-1, x.shape[-1]), ctx.group_size)
-            if needs_theta:
-                # dW_hat/ds: round(v) - v inside, the clipped code itself outside.
-                slope = codes.sub_(ratio.masked_fill_(outside, 0.0))
-                grad_theta = slope.mul_(grad_w_hat).mul_(step).sum(dim=-1)
-            if needs_weight:
-                grad_weight = grad_w_hat.masked_fill_(outside, 0.0).flatten(1).to(weight.dtype)
+            grad_w_hat = (grad_rows.t() @ x.reshape(-1, x.shape[-1])).contiguous()
+            of_theta = torch.empty_like(theta)
+            map_gradients(
+                [weight],
+                scales,
+                [GradientShare(0, grad_w_hat.view(-1))],
+                of_theta.view(-1),
+                bits=ctx.bits,
+                group_size=ctx.group_size,
+            )
+            grad_theta = of_theta if needs_theta else None
+            grad_weight = grad_w_hat.to(weight.dtype) if needs_weight else None
         if needs_bias:
             grad_bias = grad_rows.sum(dim=0).to(ctx.bias_dtype)
         return grad_x, grad_weight, grad_theta, grad_bias, None, None
+
+
+def _w_hat(
+    weight: Tensor, scales: Tensor, dtype: torch.dtype, bits: int, group_size: int
+) -> Tensor:
+    w_hat = torch.empty_like(weight, dtype=dtype)
+    quantize_layers([weight], scales, w_hat.view(-1), bits=bits, group_size=group_size)
+    return w_hat

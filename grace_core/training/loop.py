@@ -11,6 +11,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import deepspeed
@@ -37,8 +38,10 @@ from grace_core.models.loading import CheckpointFolder, check_pair, load_model, 
 from grace_core.models.rows import PackedRow, packed_row
 from grace_core.models.visual_inputs import VisualInputs, check_same_tokens
 from grace_core.quantization.convert import convert
+from grace_core.quantization.cycle import QuantizationCycle
 from grace_core.quantization.scales import ScaleBank
 from grace_core.training import checkpoint as checkpoints
+from grace_core.training.gradient_shares import STAGES, gradient_shares
 from grace_core.training.job import TrainingJob
 from grace_core.training.optimizer import (
     clip_flat_gradient,
@@ -107,6 +110,7 @@ class Trainer:
                 group_size=job.group_size,
             )
             self.scale_optimizer = scale_optimizer(self.bank, training)
+        self.cycle = _quantization_cycle(model, self.bank, training.zero_stage)
         self.student = StudentObjective(
             model, self.family, job.objective, chunk_tokens=training.logits_chunk_tokens
         )
@@ -199,18 +203,18 @@ class Trainer:
         if self.bank is not None:
             self.bank.zero_grad()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
-        report: StepReport | None = None
-        for index, (row, teacher) in enumerate(zip(rows, taught, strict=True)):
-            loss, row_sums = self.engine(row, teacher, weights)
-            # DeepSpeed averages over ranks and, unless told not to, over rows; ours is a sum.
-            self.engine.backward(loss * self.processes, scale_wrt_gas=False)
-            sums += row_sums
-            if index == len(rows) - 1:
-                dist.all_reduce(sums)
-                report = self._report(sums, counts, rows)
-                self._step_scales(rate)
-            self.engine.step()
-        assert report is not None
+        with self.cycle.weights_quantized() if self.cycle is not None else nullcontext():
+            for row, teacher in zip(rows, taught, strict=True):
+                loss, row_sums = self.engine(row, teacher, weights)
+                # DeepSpeed averages over ranks and, unless told not to, over rows; ours is a sum.
+                self.engine.backward(loss * self.processes, scale_wrt_gas=False)
+                sums += row_sums
+                if not self.engine.is_gradient_accumulation_boundary():
+                    self.engine.step()  # counts the row, no more
+        dist.all_reduce(sums)
+        report = self._report(sums, counts, rows)
+        self._step_scales(rate)
+        self.engine.step()
         grad_norm = float(self.engine.get_global_grad_norm() or 0.0)
         scale_norm = self._scale_grad_norm
         if not math.isfinite(grad_norm):
@@ -307,10 +311,15 @@ class Trainer:
         self._scale_grad_norm: float | None = None
         if self.bank is None or self.scale_optimizer is None:
             return
+        copies = self.processes  # each row's loss carried the factor that undoes averaging
+        if self.cycle is not None:
+            held = gradient_shares(self.engine, self.cycle.weights, self.processes)
+            self.cycle.map_gradients(held.shares)
+            copies = held.copies
         gradient = self.bank.flat.grad
         assert gradient is not None and gradient.dtype == torch.float32
         dist.all_reduce(gradient)
-        gradient.div_(self.processes)  # each row's loss carried the factor that undoes averaging
+        gradient.div_(copies)
         norm = clip_flat_gradient(gradient, self.job.training.max_grad_norm)
         if not math.isfinite(norm):
             raise TrainingDiverged(self._divergence("gradient norm of the scales", norm))
@@ -362,6 +371,18 @@ class Trainer:
         if report.scale_grad_norm is not None:
             values["scale_grad_norm"] = report.scale_grad_norm
         return values
+
+
+def _quantization_cycle(
+    model: torch.nn.Module, bank: ScaleBank | None, zero_stage: int
+) -> QuantizationCycle | None:
+    """None where nothing is quantized, or in every pass."""
+    if bank is None:
+        return None
+    if zero_stage not in STAGES:
+        log.info("weights are quantized in every pass; once a step under ZeRO 1 and 2 only")
+        return None
+    return QuantizationCycle(model, bank)
 
 
 def _agreed(job: TrainingJob, layout: Layout) -> Saved | None:
@@ -418,7 +439,10 @@ def deepspeed_engine(
         if buffer is not None and buffer.dtype == torch.float32
     }
     settings = deepspeed_settings(
-        job.training, processes=processes, device="cuda" if device.type == "cuda" else "cpu"
+        job.training,
+        processes=processes,
+        device="cuda" if device.type == "cuda" else "cpu",
+        quantized=job.precision is not None,
     )
     # DeepSpeed would compile an operator that its inference alone uses. The lock of that build
     # outlives a killed process, and every later start would wait for it, for ever and silently.

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from grace_core.config.model import Training
+from grace_core.training.gradient_shares import STAGES
 
 
 def deepspeed_settings(
-    training: Training, *, processes: int, device: Literal["cpu", "cuda"]
+    training: Training, *, processes: int, device: Literal["cpu", "cuda"], quantized: bool
 ) -> dict[str, Any]:
     """The dictionary for `deepspeed.initialize`.
 
@@ -19,6 +20,9 @@ def deepspeed_settings(
     assert training.rows_per_step % processes == 0, "validated with the configuration"
     # Without ZeRO DeepSpeed accumulates in the parameters' own dtype and refuses another.
     accumulation = "bf16" if training.zero_stage == 0 else "fp32"
+    # The scales' gradient is made of the reduced one, which DeepSpeed would round to bf16, and must
+    # not depend on how rows are shared out among ranks.
+    exact = quantized and training.zero_stage in STAGES and processes > 1
     return {
         "train_batch_size": training.rows_per_step,
         "train_micro_batch_size_per_gpu": 1,
@@ -26,6 +30,7 @@ def deepspeed_settings(
         "gradient_clipping": training.max_grad_norm,
         "bf16": {"enabled": True},
         "data_types": {"grad_accum_dtype": accumulation},
+        "communication_data_type": "fp32" if exact else None,
         "zero_optimization": {
             "stage": training.zero_stage,
             "overlap_comm": device == "cuda",
