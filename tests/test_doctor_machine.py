@@ -111,6 +111,23 @@ def test_the_memory_of_the_state_is_that_of_the_zero_paper(
     assert found[0].teacher == 2000
 
 
+@pytest.mark.parametrize(("zero_stage", "kept"), [(0, 0), (1, 1), (2, 1), (3, 0)])
+def test_quantized_weights_are_counted_where_they_are_kept(zero_stage: int, kept: int) -> None:
+    config = toy(*(f"{part}.training.zero_stage={zero_stage}" for part in ("distill", "quantize")))
+    name = "model.language_model.layers.0.{}.weight"
+    shapes = {
+        name.format("mlp.up_proj"): (30, 10),
+        name.format("self_attn.q_proj"): (10, 10),
+        "model.visual.blocks.0.attn.qkv.weight": (30, 10),
+    }
+    student = Checkpoint(config.models.student, None, shapes=shapes)
+    teacher = Checkpoint(config.models.student, None, listed_parameters=1000)
+    found = needs(config, teacher, student)
+    assert found is not None
+    state = {need.stage: need.state for need in found}
+    assert state["w4"] == state["w8"] == state["bf16"] + kept * 2 * 400
+
+
 def test_without_a_gpu_cuda_is_a_problem(
     tools: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -215,7 +232,8 @@ def test_on_a_cluster_this_machine_needs_no_gpu(
     found = examine(toy(f"run_dir={tmp_path}/run", CLUSTER, *ROWS))
     require_no_problem(found)
     one(found, Severity.OK, "partition gpu is up")
-    one(found, Severity.INFORMATION, "8 processes: stage bf16 needs at least")
+    # The quantized stages keep W_hat besides.
+    one(found, Severity.INFORMATION, "8 processes: stage w8 needs at least")
 
 
 # Disk

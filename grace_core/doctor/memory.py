@@ -3,7 +3,8 @@
 Mixed-precision Adam keeps 2 bytes of weights, 2 of gradients and 4 + 4 + 4 of fp32 weights and both
 moments for every trained weight; ZeRO divides parts of that by the number of processes (Rajbhandari
 et al. 2020, arXiv 1910.02054, section 3.1 and figure 1). The frozen teacher is 2 bytes a weight on
-every process. Activations, logits and the libraries' own memory come on top: they depend on row
+every process. Quantized training keeps W_hat, 2 bytes for each quantized weight, where it is made
+once a step. Activations, logits and the libraries' own memory come on top: they depend on row
 length and checkpointing, and are not part of the estimate.
 """
 
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 from grace_core.config.model import GraceConfig, TrainingStage
 from grace_core.doctor.checkpoints import Checkpoint
+from grace_core.training.zero import QUANTIZED_ONCE_STAGES
 
 WEIGHT_BYTES = 2
 GRADIENT_BYTES = 2
@@ -53,7 +55,10 @@ def needs(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> list
         taught = teacher.parameters if section.objective.needs_teacher else 0
         if weights is None or taught is None:
             return None
-        state = weights * _bytes_a_weight(section.training.zero_stage, config.launch.world_size)
+        zero_stage = section.training.zero_stage
+        state = weights * _bytes_a_weight(zero_stage, config.launch.world_size)
+        if stage in config.quantize.variants and zero_stage in QUANTIZED_ONCE_STAGES:
+            state += student.quantized_weights() * WEIGHT_BYTES
         found.append(Need(stage, state, taught * WEIGHT_BYTES))
     return found
 

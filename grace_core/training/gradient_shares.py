@@ -6,7 +6,7 @@ neither clipped nor measured yet. Where they are then depends on the ZeRO stage 
     1   in fp32 buffers on every rank, whole: each parameter's `_hp_grad`
     2   in fp32, for this rank's partition: fragments that each parameter's `_hp_mapping` finds
 
-Both accumulate in fp32. Stage 0 does so in bf16, and stage 3 has no whole weights to make W_hat of.
+Shares are wanted under these stages only, see :mod:`grace_core.training.zero`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ from typing import Any
 from torch import Tensor
 
 from grace_core.quantization.straight_through import GradientShare
-
-STAGES = (1, 2)
-"""ZeRO stages whose shares can be had."""
+from grace_core.training.zero import QUANTIZED_ONCE_STAGES
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ def gradient_shares(engine: Any, parameters: Sequence[Tensor], processes: int) -
     They may be changed in place: DeepSpeed clips and steps what it finds there.
     """
     stage = engine.zero_optimization_stage()
-    assert stage in STAGES, f"ZeRO stage {stage} keeps no such shares"
+    assert stage in QUANTIZED_ONCE_STAGES, f"ZeRO stage {stage} keeps no such shares"
     assert engine.is_gradient_accumulation_boundary(), "the gradients are not complete yet"
     if stage == 1:
         return GradientShares([_whole(parameter) for parameter in parameters], processes)

@@ -41,7 +41,7 @@ from grace_core.quantization.convert import convert
 from grace_core.quantization.cycle import QuantizationCycle
 from grace_core.quantization.scales import ScaleBank
 from grace_core.training import checkpoint as checkpoints
-from grace_core.training.gradient_shares import STAGES, gradient_shares
+from grace_core.training.gradient_shares import gradient_shares
 from grace_core.training.job import TrainingJob
 from grace_core.training.optimizer import (
     clip_flat_gradient,
@@ -55,7 +55,7 @@ from grace_core.training.reports import Agreement, Reporter, StepReport, agree
 from grace_core.training.result import write_result
 from grace_core.training.saved import Layout, Saved, latest_checkpoint
 from grace_core.training.stopping import StopSignal
-from grace_core.training.zero import deepspeed_settings
+from grace_core.training.zero import QUANTIZED_ONCE_STAGES, deepspeed_settings
 
 log = logging.getLogger(__name__)
 
@@ -379,8 +379,8 @@ def _quantization_cycle(
     """None where nothing is quantized, or in every pass."""
     if bank is None:
         return None
-    if zero_stage not in STAGES:
-        log.info("weights are quantized in every pass; once a step under ZeRO 1 and 2 only")
+    if zero_stage not in QUANTIZED_ONCE_STAGES:
+        log.info("ZeRO %d: weights are quantized in every pass, not once a step", zero_stage)
         return None
     return QuantizationCycle(model, bank)
 

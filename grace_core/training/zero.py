@@ -5,7 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal
 
 from grace_core.config.model import Training
-from grace_core.training.gradient_shares import STAGES
+
+QUANTIZED_ONCE_STAGES = (1, 2)
+"""ZeRO stages under which weights are quantized once an optimizer step, else in every pass.
+
+They have whole weights on every rank and accumulate gradients in fp32: stage 0 does so in bf16, and
+under stage 3 weights are whole within a layer's own passes only.
+"""
 
 
 def deepspeed_settings(
@@ -22,7 +28,7 @@ def deepspeed_settings(
     accumulation = "bf16" if training.zero_stage == 0 else "fp32"
     # The scales' gradient is made of the reduced one, which DeepSpeed would round to bf16, and must
     # not depend on how rows are shared out among ranks.
-    exact = quantized and training.zero_stage in STAGES and processes > 1
+    exact = quantized and training.zero_stage in QUANTIZED_ONCE_STAGES and processes > 1
     return {
         "train_batch_size": training.rows_per_step,
         "train_micro_batch_size_per_gpu": 1,
