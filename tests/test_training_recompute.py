@@ -76,13 +76,11 @@ def test_the_setting_decides(packed: PackedModel) -> None:
 def test_gradients_and_moments_are_counted(packed: PackedModel) -> None:
     trained = sum(p.numel() for p in packed.model.parameters() if p.requires_grad)
 
-    def bytes_of(zero: int, processes: int, quantized: bool = False) -> float:
+    def bytes_of(zero: int, processes: int) -> float:
         training = Training(steps=1, zero_stage=zero)
-        found = later_bytes(packed.model, training, processes=processes, quantized=quantized)
-        return found / trained
+        return later_bytes(packed.model, training, processes=processes) / trained
 
     # Gradients in bf16 and in fp32, two moments in fp32, of which ZeRO shares some out.
     assert bytes_of(0, 1) == bytes_of(2, 1) == 2 + 4 + 8
     assert bytes_of(1, 2) == pytest.approx(2 + 4 + 4, abs=1e-4)
     assert bytes_of(2, 2) == pytest.approx(2 + 2 + 4, abs=1e-4)
-    assert bytes_of(2, 2, quantized=True) == pytest.approx(2 + 2 + 4 + 6, abs=1e-4)

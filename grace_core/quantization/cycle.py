@@ -49,7 +49,17 @@ class QuantizationCycle:
         (self._group_size,) = {layer.group_size for layer in layers.values()}
         self._layers = list(layers.values())
         self._bank = bank
-        self._buffer: Tensor | None = None
+        weights = self.weights
+        assert all(
+            weight.shape == (layer.out_features, layer.in_features)
+            for weight, layer in zip(weights, self._layers, strict=True)
+        ), "the weights are sharded; they are quantized in every pass"
+        # Made here, so that whoever shares out what memory is left sees it taken.
+        self._buffer = torch.empty(
+            sum(weight.numel() for weight in weights),
+            dtype=weights[0].dtype,
+            device=weights[0].device,
+        )
         self._scales: Tensor | None = None
         self._version = -1
 
@@ -62,7 +72,6 @@ class QuantizationCycle:
     def weights_quantized(self) -> Iterator[None]:
         """Have W_hat in the place of the weights; the latent ones are back afterwards."""
         self.quantize()
-        assert self._buffer is not None
         # `data` is what ZeRO too replaces: parameter, gradient and hooks stay what they are.
         latent = [layer.weight.data for layer in self._layers]
         w_hats = self._buffer.split([weight.numel() for weight in latent])
@@ -80,13 +89,6 @@ class QuantizationCycle:
         """Compute W_hat of all layers, in the weights' dtype."""
         weights = [weight.data for weight in self.weights]
         assert not any(layer.holds_w_hat for layer in self._layers), "a cycle is under way"
-        assert all(
-            weight.shape == (layer.out_features, layer.in_features)
-            for weight, layer in zip(weights, self._layers, strict=True)
-        ), "the weights are sharded; they are quantized in every pass"
-        numel = sum(weight.numel() for weight in weights)
-        if self._buffer is None:
-            self._buffer = torch.empty(numel, dtype=weights[0].dtype, device=weights[0].device)
         self._scales, self._version = stored_scale(self._bank.flat), self._bank.flat._version
         quantize_layers(
             weights, self._scales, self._buffer, bits=self._bits, group_size=self._group_size

@@ -115,8 +115,7 @@ class Trainer:
             model, self.family, job.objective, chunk_tokens=training.logits_chunk_tokens
         )
         self.engine = deepspeed_engine(self.student, job, self.processes, device)
-        quantized = self.bank is not None
-        later = later_bytes(model, training, processes=self.processes, quantized=quantized)
+        later = later_bytes(model, training, processes=self.processes)
         recompute_layers(
             model,
             self.family,

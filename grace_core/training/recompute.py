@@ -63,11 +63,8 @@ def choose_recomputed_layers(
     return int(agreed)
 
 
-def later_bytes(model: Any, training: Training, *, processes: int, quantized: bool) -> int:
-    """Bytes a rank that exist only from the first step on: gradients and Adam's moments (fp32).
-
-    quantized: whether fake-quantized copies of the weights and their gradients exist as well.
-    """
+def later_bytes(model: Any, training: Training, *, processes: int) -> int:
+    """Bytes a rank that exist only from the first step on: gradients and Adam's moments (fp32)."""
     trained = sum(
         getattr(parameter, "ds_numel", parameter.numel())
         for parameter in model.parameters()
@@ -76,7 +73,7 @@ def later_bytes(model: Any, training: Training, *, processes: int, quantized: bo
     moments = 8 * trained // (processes if training.zero_stage >= 1 else 1)
     accumulated = 4 * trained // (processes if training.zero_stage >= 2 else 1)
     own = 2 * trained
-    return moments + accumulated + own + (6 * trained if quantized else 0)
+    return moments + accumulated + own
 
 
 def recompute_layers(model: Any, family: Family, count: int) -> None:
