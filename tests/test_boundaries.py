@@ -45,7 +45,11 @@ import grace_core
 names = [m.name for m in pkgutil.walk_packages(grace_core.__path__, "grace_core.")]
 for name in names:
     if not name.endswith("__main__"):
-        importlib.import_module(name)
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            if error.name != "triton":  # PyTorch's CPU builds come without; only kernels need it
+                raise
 print(len(names))
 """
     done = subprocess.run(
