@@ -20,6 +20,7 @@ import shutil
 import subprocess
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -367,13 +368,16 @@ def _flush(path: Path) -> None:
 
 
 def _hash_files(folder: Path) -> dict[str, FileEntry]:
-    entries: dict[str, FileEntry] = {}
-    for file in sorted(folder.rglob("*")):
-        if file.is_file() and file != folder / MANIFEST:
-            entries[file.relative_to(folder).as_posix()] = FileEntry(
-                sha256=sha256_of(file), size=file.stat().st_size
-            )
-    return entries
+    files = [
+        file for file in sorted(folder.rglob("*")) if file.is_file() and file != folder / MANIFEST
+    ]
+    # Hashing lets other threads run: a large checkpoint's shards are read side by side.
+    with ThreadPoolExecutor() as pool:
+        digests = list(pool.map(sha256_of, files))
+    return {
+        file.relative_to(folder).as_posix(): FileEntry(sha256=digest, size=file.stat().st_size)
+        for file, digest in zip(files, digests, strict=True)
+    }
 
 
 def _digest_of(files: Mapping[str, FileEntry]) -> str:

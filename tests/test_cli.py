@@ -95,7 +95,10 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "publish", "toy", "toy world", "toy pretrain"])
+GROUPED = ("toy", "toy world", "toy pretrain", "bench", "bench checkpoint", "bench pipeline")
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS, "publish", *GROUPED])
 def test_help_is_there(cli: Cli, command: str) -> None:
     code, out, _ = cli(*command.split(), "--help")
     assert code == 0
@@ -110,7 +113,14 @@ def test_help_teaches_by_example(cli: Cli) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--version",), ("check", TOY), ("check", REAL), ("quantize", "--help")]
+    "arguments",
+    [
+        ("--version",),
+        ("check", TOY),
+        ("check", REAL),
+        ("quantize", "--help"),
+        ("bench", "pipeline", "--help"),
+    ],
 )
 def test_quick_commands_import_nothing_heavy(arguments: tuple[str, ...]) -> None:
     program = f"""

@@ -22,6 +22,7 @@ from grace_core.bench.workbench import BITS, GROUP_SIZE, Workbench
 from grace_core.losses.cross_entropy import cross_entropy_sum
 from grace_core.quantization.convert import quantizable_linears
 from grace_core.quantization.lsq import fake_quantize
+from grace_core.quantization.straight_through import GradientShare
 from grace_core.toy.checkpoints import Role
 
 HEAD_STD = 0.02
@@ -84,19 +85,21 @@ def step(
         weights = floors.decoder_weights(shapes.config("student"))
         once = floors.fake_quantization(weights, GROUP_SIZE).times(1 / accumulation)
         work, upper = work + once, upper + once
-    with bench.quantized() if quantized else nullcontext() as bank:
+    with bench.quantized() if quantized else nullcontext((None, None)) as (bank, cycle):
 
         def reset() -> None:
             bench.drop_gradients()
             if bank is not None:
                 bank.zero_grad()
 
+        w_hat = [] if cycle is None else cycle.weights
         yield Prepared(
             ours=Runner(
-                partial(bench.cycle, rows),
+                partial(bench.cycle, rows, cycle),
                 reset,
                 micro_batches=accumulation,
-                warm_up=partial(bench.cycle, rows[:1]),
+                warm_up=partial(bench.cycle, rows[:1], cycle),
+                held_bytes=sum(weight.nbytes for weight in w_hat),
             ),
             plain=Runner(partial(bench.plain_step, batch), reset),
             work=work,
@@ -207,15 +210,21 @@ def _states_and_head(bench: Workbench, role: Role) -> tuple[Tensor, Tensor]:
 def fake_quantization(bench: Workbench) -> Iterator[Prepared]:
     """W_hat of all quantized layers, and the map of a given gradient to that of W and theta."""
     linears = quantizable_linears(bench.student, bench.family.decoder)
-    with bench.quantized() as bank:
+    with bench.quantized() as (bank, cycle):
         gradients = {
             name: torch.randn_like(linear.weight).mul_(1e-3) for name, linear in linears.items()
         }
+        shares: list[GradientShare | None] = [
+            GradientShare(0, gradient.view(-1)) for gradient in gradients.values()
+        ]
+
+        def all_at_once() -> None:
+            cycle.quantize()
+            cycle.map_gradients(shares)
 
         def layer_by_layer() -> None:
             for name, linear in linears.items():
-                theta = bank.layer(name)
-                w_hat = fake_quantize(linear.weight, theta, BITS, GROUP_SIZE)
+                w_hat = fake_quantize(linear.weight, bank.layer(name), BITS, GROUP_SIZE)
                 w_hat.backward(gradients[name])
 
         def reset() -> None:
@@ -224,7 +233,9 @@ def fake_quantization(bench: Workbench) -> Iterator[Prepared]:
 
         weights = sum(linear.weight.numel() for linear in linears.values())
         yield Prepared(
-            ours=Runner(layer_by_layer, reset),
+            ours=Runner(
+                all_at_once, reset, held_bytes=sum(weight.nbytes for weight in cycle.weights)
+            ),
             plain=Runner(layer_by_layer, reset),
             work=floors.fake_quantization(weights, GROUP_SIZE),
         )

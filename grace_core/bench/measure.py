@@ -39,6 +39,9 @@ class Runner:
     warm_up: Callable[[], Tensor | None] | None = None
     """Something shorter that warms up as well."""
 
+    held_bytes: int = 0
+    """Taken before the first run and counted as its memory all the same."""
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -101,7 +104,7 @@ class Meter:
             seconds.append(self._timed(runner.run))
         peak = None
         if self._cuda:
-            peak = (torch.cuda.max_memory_allocated(self.device) - before) / GIB
+            peak = (torch.cuda.max_memory_allocated(self.device) - before + runner.held_bytes) / GIB
         runner.reset()
         scaled = [1e3 * taken / runner.micro_batches for taken in seconds]
         return Measured(

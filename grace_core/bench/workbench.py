@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from grace_core.models.fused_forward import choose_forward
 from grace_core.models.loading import expect_packed_rows
 from grace_core.models.rows import PackedRow
 from grace_core.quantization.convert import convert, quantizable_linears
+from grace_core.quantization.cycle import QuantizationCycle
 from grace_core.quantization.scales import ScaleBank
+from grace_core.quantization.straight_through import GradientShare
 from grace_core.training.recompute import recompute_layers
 
 BITS, GROUP_SIZE = 4, 128
@@ -158,10 +160,15 @@ class Workbench:
         """The row's samples for the plain implementation."""
         return plain.Batch.of(row, samples, self.shapes.config("student").image_token_id)
 
-    def cycle(self, rows: Sequence[PackedRow]) -> Tensor:
+    def cycle(
+        self, rows: Sequence[PackedRow], quantization: QuantizationCycle | None = None
+    ) -> Tensor:
         """One accumulation cycle as the training loop makes it, without the optimizer.
 
         Gradients are left in the student's parameters. Returns the loss of the whole cycle.
+
+        quantization: of the student inside `quantized`; its weights are quantized at the beginning,
+        and the gradients mapped at the end.
         """
         student = StudentObjective(
             self.student,
@@ -191,10 +198,13 @@ class Workbench:
             omega=self.objective.relational.omega,
         )
         total = torch.zeros((), device=self.device)
-        for row, of_row in zip(rows, taught, strict=True):
-            loss, _ = student(row, of_row, weights)
-            loss.backward()
-            total += loss.detach()
+        with nullcontext() if quantization is None else quantization.weights_quantized():
+            for row, of_row in zip(rows, taught, strict=True):
+                loss, _ = student(row, of_row, weights)
+                loss.backward()
+                total += loss.detach()
+        if quantization is not None:
+            quantization.map_gradients([whole_share(weight) for weight in quantization.weights])
         return total
 
     def plain_step(self, batch: plain.Batch) -> Tensor:
@@ -210,8 +220,11 @@ class Workbench:
         self.student.zero_grad(set_to_none=True)
 
     @contextmanager
-    def quantized(self) -> Iterator[ScaleBank]:
-        """Both students with fake-quantized weights, inside the block."""
+    def quantized(self) -> Iterator[tuple[ScaleBank, QuantizationCycle]]:
+        """Both students with fake-quantized weights, inside the block.
+
+        Yields the scales and the cycle of the training's student.
+        """
         linears = quantizable_linears(self.student, self.family.decoder)
         bank = convert(
             self.student, decoder_prefix=self.family.decoder, bits=BITS, group_size=GROUP_SIZE
@@ -221,7 +234,13 @@ class Workbench:
             with plain.quantized(
                 self.plain_student, self.family, thetas, bits=BITS, group_size=GROUP_SIZE
             ):
-                yield bank
+                yield bank, QuantizationCycle(self.student, bank)
         finally:
             for name, linear in linears.items():
                 self.student.set_submodule(name, linear)
+
+
+def whole_share(weight: Tensor) -> GradientShare:
+    """All of a weight's gradient, as a single process without an optimizer holds it."""
+    assert weight.grad is not None, "a backward pass reached every quantized weight"
+    return GradientShare(0, weight.grad.view(-1))

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from grace_core.cli.app import app, console
+from grace_core.cli.app import ConfigFile, Settings, app, console
+from grace_core.config import GraceConfig, load_config
 from grace_core.whole_files import write_whole
 
 if TYPE_CHECKING:
     from grace_core.bench.table import BenchTable, Line
+    from grace_core.toy.checkpoints import Role
 
 bench = typer.Typer(invoke_without_command=True, add_completion=False)
 app.add_typer(bench, name="bench", rich_help_panel="Performance")
@@ -143,6 +145,70 @@ def checkpoint(
 
     save_random_checkpoint(folder, SHAPES[shapes], role, bench_device(device), seed=seed)
     typer.echo(folder)
+
+
+@bench.command(
+    epilog="Example, on one H200:\n\n"
+    "GRACE_CHECKPOINTS=/dev/shm/random grace bench pipeline configs/real-size.yaml "
+    "--random-checkpoints",
+)
+def pipeline(
+    config: ConfigFile,
+    settings: Settings = None,
+    random_checkpoints: Annotated[
+        bool,
+        typer.Option(
+            "--random-checkpoints",
+            help="Write the models of random weights first, at real size, where the configuration "
+            "names folders that are not there.",
+        ),
+    ] = False,
+    output: Annotated[Path, typer.Option(help="Folder for pipeline.json and pipeline.md.")] = Path(
+        "runs/bench"
+    ),
+) -> None:
+    """Run every stage up to the evaluation, and note what each takes.
+
+    Time, peak of GPU memory and size on disk of each stage. Finished stages are
+    found, not run again: name a new run_dir to measure them.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    resolved = load_config(config, settings or [])
+    from grace_core.artifacts import environment
+    from grace_core.bench.pipeline import PipelineCosts, StageMeter
+    from grace_core.cli.chain import Chain
+
+    meter = StageMeter()
+    if random_checkpoints:
+        with meter.beside("checkpoints") as cost:
+            cost.bytes = _write_missing_checkpoints(resolved)
+    try:
+        Chain(resolved, meter).evaluations()
+    finally:  # what was measured before a failure is worth having
+        costs = PipelineCosts(resolved.name, environment(), meter.costs)
+        _write(output, "pipeline.json", costs.to_json())
+        _write(output, "pipeline.md", costs.to_markdown())
+        console.print(costs.to_rich())
+
+
+def _write_missing_checkpoints(config: GraceConfig) -> int:
+    """Returns the bytes written."""
+    from grace_core.bench.device import bench_device
+    from grace_core.bench.random_models import save_random_checkpoint
+    from grace_core.bench.shapes import REAL
+
+    device = bench_device(config.launch.device)
+    written = 0
+    sources: dict[Role, str] = {
+        "teacher": config.models.teacher.path,
+        "student": config.models.student.path,
+    }
+    for seed, (role, path) in enumerate(sources.items()):
+        folder = Path(path)
+        if not folder.is_dir():
+            save_random_checkpoint(folder, REAL, role, device, seed=seed)
+            written += sum(file.stat().st_size for file in folder.iterdir())
+    return written
 
 
 def _show(line: Line) -> None:
