@@ -25,7 +25,7 @@ import prefect
 from prefect import Flow, get_client, runtime
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.exceptions import PrefectHTTPStatusError
+from prefect.exceptions import PrefectHTTPStatusError, TerminationSignal
 from prefect.states import Cancelled, Running
 
 logger = logging.getLogger(__name__)
@@ -68,15 +68,46 @@ def guarded() -> Iterator[None]:
         daemon=True,
     )
     thread.start()
+    with _signals_seen() as seen:
+        try:
+            yield
+        except Exception as error:  # the run's own failure; else a signal, seen to already
+            if signal.SIGTERM in seen():
+                raise TerminationSignal(signal.SIGTERM) from error
+            _carry_out_cancellation(over, UUID(flow_run_id))
+            raise
+        else:
+            _carry_out_cancellation(over, UUID(flow_run_id))
+        finally:
+            over.set()  # the thread may be waiting for a server that is away: not waited for
+
+
+@contextmanager
+def _signals_seen() -> Iterator[Callable[[], bytes]]:
+    """Which signals came meanwhile, one byte each; of them Python tells the main thread alone.
+
+    Prefect turns SIGTERM into an exception, wherever the main thread is. Compiled code that was
+    calling Python just then may answer with an exception of its own, and the run would count as
+    failed by that. Prefect looks whether its handler is in place, so ours cannot be.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield bytes
+        return
+    reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+
+    def seen() -> bytes:
+        try:
+            return os.read(reader, 4096)
+        except BlockingIOError:
+            return b""
+
     try:
-        yield
-    except Exception:  # the run's own failure; a signal that ends it has been seen to already
-        _carry_out_cancellation(over, UUID(flow_run_id))
-        raise
-    else:
-        _carry_out_cancellation(over, UUID(flow_run_id))
+        yield seen
     finally:
-        over.set()  # the thread may be waiting for a server that is away: it is not waited for
+        signal.set_wakeup_fd(before)
+        os.close(reader)
+        os.close(writer)
 
 
 def _carry_out_cancellation(over: threading.Event, flow_run_id: UUID) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -44,6 +45,13 @@ def work() -> None:
 def stop() -> None:
     if (folder / "stop").exists():
         raise RuntimeError("stopped")
+    if (folder / "convert").exists():
+        try:
+            (folder / "converting").touch()
+            time.sleep(60)
+        except BaseException:
+            pass
+        raise ValueError("of compiled code that was calling Python")
 
 work()
 """
@@ -139,6 +147,17 @@ def test_a_run_that_was_taken_for_dead_goes_on(
     assert process.poll() is None
     (tmp_path / "stop").touch()
     process.wait(60)
+
+
+def test_a_signal_that_became_another_error_is_still_one(
+    run: tuple[subprocess.Popen[bytes], str], tmp_path: Path
+) -> None:
+    process, flow_run_id = run
+    (tmp_path / "convert").touch()
+    assert wait_until((tmp_path / "converting").exists)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) != 0
+    assert state_of(flow_run_id) == "Crashed"
 
 
 def test_a_run_outlives_the_reader_of_its_output(tmp_path: Path) -> None:

@@ -56,7 +56,7 @@ def torchrun_command(
     return [
         sys.executable,
         "-m",
-        "torch.distributed.run",
+        "grace_core.launch.local_agent",
         "--standalone",
         f"--nproc-per-node={processes}",
         f"--log-dir={ranks}",

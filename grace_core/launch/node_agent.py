@@ -33,6 +33,7 @@ import psutil
 
 from grace_core.errors import GraceError
 from grace_core.launch.node_failure import NodeFailure, node_folder, record_failure
+from grace_core.orphans import be_parent
 from grace_core.training.stopping import STOPPED
 
 logger = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def _run(arguments: list[str], node: int, ranks: Path, told: threading.Event) ->
 
     # In front of each line stands the rank of the whole training, not of this node.
     os.environ["TORCHELASTIC_LOG_LINE_PREFIX_TEMPLATE"] = "[${role_name}${rank}]:"
+    be_parent()
     seen = _FailureSeen()
     logging.getLogger("torch.distributed.elastic.multiprocessing.api").addHandler(seen)
     try:

@@ -7,7 +7,7 @@ forwards it, ranks save and leave), wait, SIGKILL whoever is still there.
 
 When this process itself is killed, the kernel sends the agent SIGTERM (PR_SET_PDEATHSIG). Linux
 sends it when the *thread* that forked ends; `run_process_group` forks and waits in one thread,
-which therefore outlives the child.
+which therefore outlives the child. Whoever misses that signal ends as `grace_core.orphans` says.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from torch import distributed as dist
 from grace_core.artifacts import environment
 from grace_core.errors import GraceError
 from grace_core.locks import join_ranks
+from grace_core.orphans import leave_with_parent
 from grace_core.training.job import TrainingJob
 from grace_core.training.stopping import STOPPED, StopSignal
 from grace_core.whole_files import write_whole
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
         raise GraceError("usage: torchrun ... -m grace_core.training.worker JOB.json")
     stop = StopSignal()
     stop.listen()
+    leave_with_parent()
     logging.basicConfig(
         level=logging.INFO if os.environ.get("RANK") == "0" else logging.WARNING,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",

@@ -10,7 +10,7 @@ import psutil
 
 _MARK = "PREFECT__FLOW_RUN_ID"
 _RANK = "grace_core.training.worker"
-_AGENT = "torch.distributed.run"
+_AGENT = "grace_core.launch.local_agent"
 START = "start"
 """From the start of the flow's process to its first stage."""
 
@@ -45,7 +45,7 @@ def flow_process(processes: Iterable[psutil.Process]) -> psutil.Process | None:
 
 
 def agents(processes: Iterable[psutil.Process]) -> list[psutil.Process]:
-    """The launchers of a training (torchrun)."""
+    """The launchers of a training."""
     return [process for process, words in _commands(processes) if _AGENT in words]
 
 
