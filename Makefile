@@ -10,12 +10,14 @@ VENV ?= .venv
 # More options for pip. Without a GPU, the small build of torch comes with
 #   make setup PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PIP_ARGS ?=
+# Versions to install; requirements-gpu.lock is for machines with NVIDIA GPUs.
+LOCK ?= requirements.lock
 # More options for pytest, such as ARGS="-k quantization -x".
 ARGS ?=
 
 PY := $(VENV)/bin/python
 # An environment is up to date when it was made from these very files.
-INSTALLED := $(VENV)/.installed-$(shell cat requirements.lock pyproject.toml | sha256sum | cut -c1-16)
+INSTALLED := $(VENV)/.installed-$(shell cat $(LOCK) pyproject.toml | sha256sum | cut -c1-16)
 
 .PHONY: help
 help: ## List the commands
@@ -66,7 +68,7 @@ $(INSTALLED):
 		echo "Python 3.11 or newer is needed; install it, or name it: make setup PYTHON=..." >&2; \
 		exit 1; fi; \
 	if [ ! -x $(PY) ]; then echo "Making $(VENV) with $$("$$python" --version)"; "$$python" -m venv $(VENV); fi
-	$(PY) -m pip install $(PIP_ARGS) -r requirements.lock
+	$(PY) -m pip install $(PIP_ARGS) -r $(LOCK)
 	$(PY) -m pip install --no-deps --no-build-isolation -e .
 	$(PY) -m pip check
 	@rm -f $(VENV)/.installed-*

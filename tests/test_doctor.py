@@ -97,6 +97,14 @@ def test_other_versions_than_the_locked_ones_are_a_warning(tmp_path: Path) -> No
     assert severities(check_versions(lock)) == {Severity.OK}
 
 
+def test_the_lock_that_fits_best_counts(tmp_path: Path) -> None:
+    """A machine with GPUs has another lock than one without."""
+    fits, other = tmp_path / "requirements-gpu.lock", tmp_path / "requirements.lock"
+    fits.write_text(f"torch=={torch.__version__.partition('+')[0]}\n")
+    other.write_text("torch==1.0\n")
+    assert severities(check_versions(other, fits)) == {Severity.OK}
+
+
 @pytest.mark.parametrize(
     ("version", "requires", "said"),
     [

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
 
 from grace_core.bench.floors import Ceilings
 
@@ -84,7 +85,7 @@ class Meter:
         loss = (runner.warm_up or runner.run)()
         value = None if loss is None else float(loss)
         self._wait()
-        if time.perf_counter() - started < _SHORT_SECONDS:
+        if self._agreed(time.perf_counter() - started < _SHORT_SECONDS):
             for _ in range(2):
                 runner.reset()
                 (runner.warm_up or runner.run)()
@@ -97,7 +98,7 @@ class Meter:
             torch.cuda.reset_peak_memory_stats(self.device)
             before = torch.cuda.memory_allocated(self.device)
         seconds: list[float] = []
-        while len(seconds) < 2 or (
+        while len(seconds) < 2 or self._agreed(
             len(seconds) < self.repeats and sum(seconds) + seconds[-1] < _BUDGET_SECONDS
         ):
             runner.reset()
@@ -147,6 +148,14 @@ class Meter:
         for _ in range(3):
             run()
         return min(self._timed(run) for _ in range(_CEILING_REPEATS))
+
+    def _agreed(self, decision: bool) -> bool:
+        """The first rank's: steps that reduce over ranks are taken by all or by none."""
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return decision
+        of_first = torch.tensor(int(decision), device=self.device)
+        dist.broadcast(of_first, src=0)
+        return bool(of_first)
 
     def _wait(self) -> None:
         if self._cuda:

@@ -10,6 +10,7 @@ import importlib.util
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -31,15 +32,18 @@ _SHOWN = 6
 _KNOWN = {"fastapi": "the Prefect server does not start with it, or refuses deployments"}
 
 
-def check_versions(lock: Path = _CHECKOUT / "requirements.lock") -> Iterator[Finding]:
+def check_versions(*locks: Path) -> Iterator[Finding]:
     """Everything about this Python and its packages.
 
-    lock: the locked versions, where this is a checkout that has them.
+    locks: files of locked versions, of which the one that fits best counts; without any, those of
+    this checkout.
     """
     yield from _python()
     yield from _declared_ranges()
-    if lock.is_file():
-        yield from _locked(lock)
+    files = locks or (_CHECKOUT / "requirements.lock", _CHECKOUT / "requirements-gpu.lock")
+    compared = [_differences(lock) for lock in files if lock.is_file()]
+    if compared:
+        yield _locked(min(compared, key=lambda each: len(each.differing)))
     yield from _torch_and_torchvision()
     yield from _deepspeed()
 
@@ -111,7 +115,14 @@ def _install(wanted: Requirement) -> str:
     return f"run `make setup`, or pip install '{wanted.name}{wanted.specifier}'"
 
 
-def _locked(lock: Path) -> Iterator[Finding]:
+@dataclass(frozen=True)
+class _Compared:
+    lock: Path
+    pinned: int
+    differing: list[str]
+
+
+def _differences(lock: Path) -> _Compared:
     """Other versions than the tested ones; a local version such as +cpu does not count."""
     pinned = _LOCKED.findall(lock.read_text(encoding="utf-8"))
     differing = []
@@ -121,15 +132,19 @@ def _locked(lock: Path) -> Iterator[Finding]:
             differing.append(f"{name} {found} (locked {version})")
         elif found is None:
             differing.append(f"{name} absent (locked {version})")
+    return _Compared(lock, len(pinned), differing)
+
+
+def _locked(compared: _Compared) -> Finding:
+    lock, pinned, differing = compared.lock, compared.pinned, compared.differing
     if not differing:
-        yield ok(AREA, f"{len(pinned)} packages as in {lock.name}")
-        return
+        return ok(AREA, f"{pinned} packages as in {lock.name}")
     shown = ", ".join(differing[:_SHOWN])
     more = f" and {len(differing) - _SHOWN} more" if len(differing) > _SHOWN else ""
-    yield warning(
+    return warning(
         AREA,
-        f"{len(differing)} of {len(pinned)} packages differ from {lock.name}: {shown}{more}",
-        "run `make setup` for the versions that the tests ran with",
+        f"{len(differing)} of {pinned} packages differ from {lock.name}: {shown}{more}",
+        f"run `make setup LOCK={lock.name}` for the versions that the tests ran with",
     )
 
 
