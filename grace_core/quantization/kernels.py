@@ -27,8 +27,8 @@ from grace_core.quantization.straight_through import GradientShare
 
 WEIGHTS_A_PROGRAM = 4096
 NUM_WARPS = 8
-ALIGNMENT = 8
-"""Elements. Where all addresses are multiples of it, loads are as wide as the hardware has them."""
+WIDEST_LOAD = 16
+"""Bytes a thread."""
 
 _TO_INTEGER = tl.constexpr(12582912.0)
 """1.5 * 2^23: a small fp32 number added to it is rounded to an integer, halves to even."""
@@ -60,15 +60,14 @@ def _quantize_kernel(  # type: ignore[no-untyped-def]
     HIGH: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr,  # elements whose multiples all distances are
 ):
     program = tl.program_id(0)
     layer = tl.load(layer_of_program + program)
     first = tl.load(first_group + layer)
     count = tl.load(first_group + layer + 1) - first
     distance = tl.load(distances + layer)
-    if ALIGNED:
-        distance = tl.multiple_of(distance, 8)
+    distance = tl.multiple_of(distance, WIDTH)
 
     group = (program - tl.load(first_program + layer)) * GROUPS + tl.arange(0, GROUPS)
     present = group < count
@@ -95,7 +94,7 @@ def _map_kernel(  # type: ignore[no-untyped-def]
     HIGH: tl.constexpr,
     GROUP: tl.constexpr,
     GROUPS: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    WIDTH: tl.constexpr,  # elements whose multiples all distances are
 ):
     program = tl.program_id(0)
     layer = tl.load(layer_of_program + program)
@@ -103,11 +102,10 @@ def _map_kernel(  # type: ignore[no-untyped-def]
     of_gradient = tl.load(distances + layers + layer)
     start = tl.load(distances + 2 * layers + layer)
     end = tl.load(distances + 3 * layers + layer)
-    if ALIGNED:
-        distance = tl.multiple_of(distance, 8)
-        of_gradient = tl.multiple_of(of_gradient, 8)
-        start = tl.multiple_of(start, 8)
-        end = tl.multiple_of(end, 8)
+    distance = tl.multiple_of(distance, WIDTH)
+    of_gradient = tl.multiple_of(of_gradient, WIDTH)
+    start = tl.multiple_of(start, WIDTH)
+    end = tl.multiple_of(end, WIDTH)
 
     first = tl.load(first_group + layer)
     group = (program - tl.load(first_program + layer)) * GROUPS + tl.arange(0, GROUPS)
@@ -173,7 +171,7 @@ def quantize_layers(
         HIGH=float(high),
         GROUP=group_size,
         GROUPS=per_program,
-        ALIGNED=_aligned(distances),
+        WIDTH=_width(distances, weights[0]),
         num_warps=NUM_WARPS,
     )
 
@@ -215,7 +213,7 @@ def map_gradients(
         HIGH=float(high),
         GROUP=group_size,
         GROUPS=per_program,
-        ALIGNED=_aligned(distances),
+        WIDTH=_width(distances, base),
         num_warps=NUM_WARPS,
     )
 
@@ -242,6 +240,14 @@ def _distance(tensor: Tensor, base: Tensor) -> int:
     return elements
 
 
-def _aligned(distances: Sequence[int]) -> bool:
-    """The first addresses' own alignment Triton finds out by itself."""
-    return all(distance % ALIGNMENT == 0 for distance in distances)
+def _width(distances: Sequence[int], wider: Tensor) -> int:
+    """Elements that a thread loads at a time, of each of the tensors alike.
+
+    That is the most of the wider dtype: loads of different widths would have values exchanged
+    between threads. The first addresses' own alignment Triton finds out by itself.
+
+    Args:
+        wider: a tensor of the larger of the dtypes.
+    """
+    width = WIDEST_LOAD // wider.element_size()
+    return width if all(distance % width == 0 for distance in distances) else 1

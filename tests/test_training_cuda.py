@@ -1,0 +1,82 @@
+"""Quantized training on GPUs: every ZeRO stage takes the same step.
+
+Needs a GPU; two where there are two, over NCCL. The kernels' own tests are in
+`test_quantization_kernels.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from grace_core.events import read_events
+from grace_core.launch.local import torchrun_command
+from grace_core.training.job import TrainingJob
+from tests.conftest import ROOT
+from tests.test_training_groups import World, make_world
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+]
+
+STEPS = 3
+SECONDS = 240
+
+
+def steps_of(world: World, zero: int, ranks: int) -> list[dict[str, Any]]:
+    name = f"zero{zero}-ranks{ranks}"
+    job = world.job(name, zero=zero, precision="w4", steps=STEPS, max_grad_norm=1e9)
+    job["device"] = "cuda"
+    work = Path(job["work"])
+    work.mkdir(parents=True)
+    file = work / "job.json"
+    file.write_text(TrainingJob.model_validate(job).model_dump_json(), encoding="utf-8")
+    done = subprocess.run(
+        torchrun_command(
+            "grace_core.training.worker", [str(file)], processes=ranks, ranks=work / "ranks"
+        ),
+        cwd=ROOT,
+        env=os.environ | {"DS_ACCELERATOR": "cuda", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    logs = "".join(log.read_text(errors="replace") for log in work.rglob("std*.log"))
+    assert done.returncode == 0, (done.stdout + done.stderr + logs)[-4000:]
+    return [e.values for e in read_events(work / "metrics.jsonl") if e.kind == "train"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return make_world(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="module")
+def every_pass(world: World) -> list[dict[str, Any]]:
+    """ZeRO-0 on one GPU quantizes in every pass and lets autograd make theta's gradient."""
+    return steps_of(world, 0, 1)
+
+
+@pytest.mark.parametrize("ranks", range(1, min(2, max(1, torch.cuda.device_count())) + 1))
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_every_stage_takes_the_same_steps(
+    world: World, every_pass: list[dict[str, Any]], zero: int, ranks: int
+) -> None:
+    found = steps_of(world, zero, ranks)
+    assert len(found) == len(every_pass) == STEPS
+    text = json.dumps({"found": found, "expected": every_pass}, indent=1)
+    first, expected = found[0], every_pass[0]
+    assert first["cross_entropy"] == pytest.approx(expected["cross_entropy"], rel=1e-5), text
+    assert first["scale_grad_norm"] == pytest.approx(expected["scale_grad_norm"], rel=1e-3), text
+    # ZeRO-0 sums rows in bf16.
+    assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2), text
+    for values, others in zip(found[1:], every_pass[1:], strict=True):
+        assert values["cross_entropy"] == pytest.approx(others["cross_entropy"], rel=1e-2), text
