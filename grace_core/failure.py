@@ -42,7 +42,7 @@ class Kind(StrEnum):
 
 
 _REMEDIES: dict[Kind, str] = {
-    Kind.OUT_OF_MEMORY: "Lower training.row_tokens or training.logits_chunk_tokens, set "
+    Kind.OUT_OF_MEMORY: "Lower training.row_tokens or training.logits_mib, set "
     "training.recompute to all, raise training.zero_stage, or use more GPUs; for an "
     "evaluation lower evaluation.batch_size.",
     Kind.KILLED: "Usually the system ended it because memory ran out (`dmesg` says so): lower "

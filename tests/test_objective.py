@@ -14,6 +14,7 @@ from torch import Tensor
 
 from grace_core.config.model import Controller, Distillation, Objective, Relational
 from grace_core.losses.controller import AdaptiveController, FixedBeta
+from grace_core.losses.fused_head import ChunkRows
 from grace_core.losses.objective import (
     GlobalCounts,
     StudentObjective,
@@ -134,7 +135,7 @@ def run_step(
     objective: Objective,
     cut: list[list[int]],
     *,
-    chunk: int,
+    logits_bytes: int = 2**20,
     student: Any = None,
 ) -> Measured:
     """One step as the training loop takes it: teacher over all rows, then the student's passes."""
@@ -144,7 +145,7 @@ def run_step(
     taught = [
         None
         if teacher is None
-        else teacher_row(teacher, world.family, objective, row, chunk_tokens=chunk)
+        else teacher_row(teacher, world.family, objective, row, logits_bytes=logits_bytes)
         for row in rows
     ]
     counts = GlobalCounts(
@@ -153,7 +154,7 @@ def run_step(
         pictures=sum(r.counts for t in taught if t is not None for r in t.relations),
     )
     weights = TermWeights.of(objective, counts, beta=BETA, omega=OMEGA)
-    module = StudentObjective(student, world.family, objective, chunk_tokens=chunk)
+    module = StudentObjective(student, world.family, objective, logits_bytes=logits_bytes)
     sums, losses = torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for row, one in zip(rows, taught, strict=True):
         loss, row_sums = module(row, one, weights)
@@ -184,7 +185,7 @@ def assert_same_gradients(
 @pytest.mark.parametrize("cut", CUTS)
 def test_rows_add_up_to_the_equations(world: World, cut: str) -> None:
     terms, gradients = world.oracle(GRACE)
-    found = run_step(world, GRACE, CUTS[cut], chunk=1000)
+    found = run_step(world, GRACE, CUTS[cut])
     assert found.counts.tokens == terms.tokens
     assert (
         found.counts.pictures == terms.pictures == (5 if "llava" in str(world.folder.path) else 4)
@@ -200,10 +201,14 @@ def test_rows_add_up_to_the_equations(world: World, cut: str) -> None:
     assert_same_gradients(found.gradients, gradients)
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 1000])
+@pytest.mark.parametrize("chunk", [1, 3, 100])
 def test_the_chunk_of_logits_changes_nothing(qwen: World, chunk: int) -> None:
     _, gradients = qwen.oracle(GRACE)
-    found = run_step(qwen, GRACE, CUTS["four rows"], chunk=chunk)
+    head = qwen.student().lm_head.weight
+    logits_bytes = next(
+        n for n in range(1, 2**22, 1000) if ChunkRows.within(n, head, head).student >= chunk
+    )
+    found = run_step(qwen, GRACE, CUTS["four rows"], logits_bytes=logits_bytes)
     assert float(found.losses) == pytest.approx(float(gradients["total"]), rel=1e-5)
     assert_same_gradients(found.gradients, gradients)
 
@@ -215,7 +220,7 @@ def test_the_step_tells_the_variants_apart(qwen: World) -> None:
     assert abs(float(ungated.distillation / terms.distillation) - 1) > 1e-3
     means = []
     for row in CUTS["four rows"]:
-        found = run_step(qwen, GRACE, [row], chunk=1000)
+        found = run_step(qwen, GRACE, [row])
         assert found.counts.tokens > 0
         means.append(
             (found.sums / torch.tensor([found.counts.tokens, found.counts.gates, 1.0]))[:2]
@@ -247,7 +252,7 @@ VARIANTS = {
 def test_each_ablation_is_its_own_equation(qwen: World, variant: str) -> None:
     objective = VARIANTS[variant]
     terms, gradients = qwen.oracle(objective)
-    found = run_step(qwen, objective, CUTS["four rows"], chunk=7)
+    found = run_step(qwen, objective, CUTS["four rows"], logits_bytes=2**15)
     assert float(found.losses) == pytest.approx(float(gradients["total"]), rel=1e-5)
     assert float(found.sums[0]) == pytest.approx(float(terms.cross_entropy) * terms.tokens, 1e-5)
     if objective.distillation.kind == "none":
@@ -258,20 +263,20 @@ def test_each_ablation_is_its_own_equation(qwen: World, variant: str) -> None:
 
 
 def test_gradient_checkpointing_changes_nothing(world: World) -> None:
-    plain = run_step(world, GRACE, CUTS["four rows"], chunk=1000)
+    plain = run_step(world, GRACE, CUTS["four rows"])
     student = world.student()
     student.gradient_checkpointing_enable({"use_reentrant": False, "determinism_check": "none"})
     passes = []
     layer = student.get_submodule(world.family.decoder).layers[0].mlp
     layer.register_forward_pre_hook(lambda *_: passes.append(1))
-    found = run_step(world, GRACE, CUTS["four rows"], chunk=1000, student=student)
+    found = run_step(world, GRACE, CUTS["four rows"], student=student)
     assert len(passes) == 2 * len(CUTS["four rows"]), "each layer runs again in the backward pass"
     assert torch.equal(found.sums, plain.sums)
     assert_same_gradients(found.gradients, plain.gradients, relative=1e-6)
 
 
 def test_a_step_without_pictures_has_no_relational_term(qwen: World) -> None:
-    found = run_step(qwen, GRACE, [[1], [4]], chunk=1000)
+    found = run_step(qwen, GRACE, [[1], [4]])
     assert found.counts.pictures == 0
     assert found.sums[2] == 0
     assert torch.isfinite(found.losses)
@@ -280,8 +285,8 @@ def test_a_step_without_pictures_has_no_relational_term(qwen: World) -> None:
 
 def test_rows_without_pictures_reach_the_same_parameters(world: World) -> None:
     """Else one rank would reduce gradients that another never made."""
-    with_pictures = run_step(world, GRACE, [[0]], chunk=1000)
-    text = run_step(world, GRACE, [[1]], chunk=1000)
+    with_pictures = run_step(world, GRACE, [[0]])
+    text = run_step(world, GRACE, [[1]])
     trained = {n for n, p in world.student().named_parameters() if p.requires_grad}
     assert with_pictures.gradients.keys() == text.gradients.keys() == trained
 

@@ -13,13 +13,21 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from grace_core.bench import floors, plain
 from grace_core.bench.floors import Work
 from grace_core.bench.measure import Runner
 from grace_core.bench.workbench import BITS, GROUP_SIZE, Workbench
 from grace_core.losses.cross_entropy import cross_entropy_sum
+from grace_core.losses.fused_head import (
+    SupervisedHead,
+    Supervision,
+    TaughtRows,
+    gates_of_rows,
+    supervised_loss,
+)
+from grace_core.losses.supervised_terms import gates_of_logits, terms_and_gradient_
 from grace_core.quantization.convert import quantizable_linears
 from grace_core.quantization.lsq import fake_quantize
 from grace_core.quantization.straight_through import GradientShare
@@ -109,42 +117,47 @@ def step(
 
 @contextmanager
 def gated_distillation(bench: Workbench) -> Iterator[Prepared]:
-    """L_GDKD from given logits of both models, forward and backward.
+    """L_GDKD from given logits of both models, gates included, forward and backward.
 
-    The larger floor reads both twice, as no chip keeps a row of logits between normalisers and
-    gradient.
+    Ours leaves the gradient where the student's logits were. The larger floor reads both twice, as
+    no chip keeps a row of logits between normalisers and gradient.
     """
     tokens, vocabulary = bench.shapes.loss_tokens, bench.vocabulary
     student, teacher = (
         torch.randn(tokens, vocabulary, device=bench.device, dtype=bench.dtype) for _ in range(2)
     )
+    overwritten = student.clone()
     student.requires_grad_()
     labels = torch.randint(vocabulary, (tokens,), device=bench.device)
 
-    def in_chunks() -> Tensor:
-        size = bench.training.logits_chunk_tokens
-        loss = torch.zeros((), device=bench.device)
-        for start in range(0, tokens, size):
-            part = slice(start, start + size)
-            of_part = plain.gated_distillation(
-                student[part], teacher[part], labels[part], bench.objective
-            )
-            of_part = of_part * (len(labels[part]) / tokens)
-            of_part.backward()
-            loss += of_part.detach()
-        return loss
+    def in_place() -> Tensor:
+        gates = gates_of_logits(teacher)
+        weight = 1.0 / float(gates.sum())
+        sums = terms_and_gradient_(
+            overwritten,
+            teacher,
+            labels,
+            gates,
+            distillation=bench.objective.distillation,
+            cross_entropy_weight=0.0,
+            distillation_weight=weight,
+            with_gradient=True,
+        )
+        return weight * sums[1]
 
-    def at_once() -> Tensor:
+    def composed() -> Tensor:
         loss = plain.gated_distillation(student, teacher, labels, bench.objective)
         loss.backward()
         return loss.detach()
 
     def reset() -> None:
         student.grad = None
+        with torch.no_grad():
+            overwritten.copy_(student)
 
     yield Prepared(
-        ours=Runner(in_chunks, reset),
-        plain=Runner(at_once, reset),
+        ours=Runner(in_place, reset),
+        plain=Runner(composed, reset),
         work=floors.distillation(tokens, vocabulary),
         upper_work=floors.distillation(tokens, vocabulary, sweeps=5),
     )
@@ -153,7 +166,7 @@ def gated_distillation(bench: Workbench) -> Iterator[Prepared]:
 @contextmanager
 def losses_with_heads(bench: Workbench) -> Iterator[Prepared]:
     """Cross-entropy and L_GDKD from final states of both models, with gradients of the student's
-    states and head.
+    states and head. The gates are given, as in training, where the teacher's pass makes them.
 
     Memory is above the states and the heads; it holds the head's gradient.
     """
@@ -164,46 +177,49 @@ def losses_with_heads(bench: Workbench) -> Iterator[Prepared]:
     head.requires_grad_()
     labels = torch.randint(bench.vocabulary, (tokens,), device=bench.device)
     beta = bench.objective.controller.beta_init
+    logits_bytes = bench.training.logits_mib * 2**20
+    gates = gates_of_rows(teacher_head, teacher_states, logits_bytes=logits_bytes)
+    supervision = Supervision(
+        labels=labels,
+        teacher=TaughtRows(teacher_head, teacher_states, gates),
+        distillation=bench.objective.distillation,
+        cross_entropy_weight=1.0 / tokens,
+        distillation_weight=beta / float(gates.sum()),
+        logits_bytes=logits_bytes,
+    )
 
-    def of(part: slice) -> Tensor:
-        logits = states[part] @ head.T
+    def fused() -> Tensor:
+        loss, _ = supervised_loss(head, states, supervision)
+        loss.backward()
+        return loss.detach()
+
+    def composed() -> Tensor:
+        logits = head(states)
         with torch.no_grad():
-            taught = teacher_states[part] @ teacher_head.T
-        cross_entropy = cross_entropy_sum(logits, labels[part]) / len(labels[part])
-        distilled = plain.gated_distillation(logits, taught, labels[part], bench.objective)
-        return cross_entropy + beta * distilled
-
-    def in_chunks() -> Tensor:
-        size = bench.training.logits_chunk_tokens
-        loss = torch.zeros((), device=bench.device)
-        for start in range(0, tokens, size):
-            part = slice(start, start + size)
-            of_part = of(part) * len(labels[part]) / tokens
-            of_part.backward()
-            loss += of_part.detach()
-        return loss
-
-    def at_once() -> Tensor:
-        loss = of(slice(tokens))
+            taught = teacher_head(teacher_states)
+        cross_entropy = cross_entropy_sum(logits, labels) / tokens
+        distilled = plain.gated_distillation(logits, taught, labels, bench.objective)
+        loss: Tensor = cross_entropy + beta * distilled
         loss.backward()
         return loss.detach()
 
     def reset() -> None:
-        states.grad = head.grad = None
+        states.grad = head.weight.grad = None
 
     yield Prepared(
-        ours=Runner(in_chunks, reset),
-        plain=Runner(at_once, reset),
+        ours=Runner(fused, reset),
+        plain=Runner(composed, reset),
         work=floors.heads(bench.shapes, tokens),
     )
 
 
-def _states_and_head(bench: Workbench, role: Role) -> tuple[Tensor, Tensor]:
+def _states_and_head(bench: Workbench, role: Role) -> tuple[Tensor, SupervisedHead]:
     """Final states (N, d) of unit size, and a head (V, d) as a random model has it."""
     width = bench.shapes.config(role).text_config.hidden_size
     states = torch.randn(bench.shapes.loss_tokens, width, device=bench.device, dtype=bench.dtype)
-    head = torch.empty(bench.vocabulary, width, device=bench.device, dtype=bench.dtype)
-    return states, head.normal_(std=HEAD_STD)
+    linear = nn.Linear(width, bench.vocabulary, bias=False, device=bench.device, dtype=bench.dtype)
+    nn.init.normal_(linear.weight, std=HEAD_STD)
+    return states, SupervisedHead(linear).requires_grad_(False)
 
 
 @contextmanager

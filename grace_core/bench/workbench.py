@@ -174,7 +174,7 @@ class Workbench:
             self.student,
             self.family,
             self.objective,
-            chunk_tokens=self.training.logits_chunk_tokens,
+            logits_bytes=self.training.logits_mib * 2**20,
         )
         taught = [
             teacher_row(
@@ -182,7 +182,7 @@ class Workbench:
                 self.family,
                 self.objective,
                 row,
-                chunk_tokens=self.training.logits_chunk_tokens,
+                logits_bytes=self.training.logits_mib * 2**20,
             )
             for row in rows
         ]

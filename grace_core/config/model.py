@@ -210,8 +210,10 @@ class Training(Section):
     kernels: Literal["auto", "plain"] = Field(
         "auto", description="auto: fused kernels on a GPU; plain: the library's own everywhere"
     )
-    logits_chunk_tokens: PositiveInt = Field(
-        1024, description="supervised tokens whose logits exist at one time"
+    logits_mib: PositiveInt = Field(
+        896,
+        description="MiB that logits of student and teacher, and copies of them, may take at one "
+        "time; supervised tokens are taken in chunks that fit",
     )
     checkpoint_every: PositiveInt = Field(200, description="optimizer steps")
     keep_checkpoints: PositiveInt = 2

@@ -7,6 +7,8 @@ Each term is a pure function of plain tensors in its own module:
 - `gate`: confidence of the teacher per token (Eq. 4-5)
 - `relational`: L_RCKA, alignment of the visual tokens' relations (Eq. 10-13)
 - `controller`: beta, once per optimizer step (Eq. 18-20)
+- `supervised_terms`, `fused_head`: the terms of a token with their gradient at once, and with the
+  heads that make the logits; `kernels` on a GPU
 - `objective`: their weighted sum over an optimizer step
 
 Every term returns values per token or per image, or their sum, never a mean: a mean over one

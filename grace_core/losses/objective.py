@@ -8,36 +8,39 @@ the supervised final states, the gates and the visual relations. Each row's loss
 divided by the global counts, rows and ranks simply add up, and the result does not depend on how
 the batch was cut.
 
-Logits exist for a chunk of supervised tokens at a time, for both models; they are recomputed in
-the backward pass.
+Logits exist for a chunk of supervised tokens at a time, for both models, and only in the forward
+pass (:mod:`grace_core.losses.fused_head`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from grace_core.config.model import Distillation, Objective
+from grace_core.config.model import Objective
 from grace_core.losses.controller import (
     AdaptiveController,
     BetaController,
     ControllerSettings,
     FixedBeta,
 )
-from grace_core.losses.cross_entropy import cross_entropy_sum
-from grace_core.losses.distillation import decoupled_kd, kullback_leibler
-from grace_core.losses.gate import confidence_gate
+from grace_core.losses.fused_head import (
+    SupervisedHead,
+    Supervision,
+    TaughtRows,
+    gates_of_rows,
+    supervised_head,
+    supervised_loss,
+)
 from grace_core.losses.relational import TeacherRelation, relational_sum, teacher_relation
 from grace_core.models.families import Family
 from grace_core.models.forward import row_states
 from grace_core.models.rows import PackedRow
 
-# dims: N supervised tokens of a row, V vocabulary, d width
+# dims: N supervised tokens of a row, d width
 
 
 @dataclass(frozen=True)
@@ -53,8 +56,8 @@ class TeacherRow:
     relations: list[TeacherRelation]
     """One for each picture of the row; empty where the relational term is off."""
 
-    head: Callable[[Tensor], Tensor]
-    """The teacher's language-model head: (n, d_T) -> (n, V)."""
+    head: SupervisedHead
+    """The teacher's language-model head."""
 
 
 @dataclass(frozen=True)
@@ -117,36 +120,40 @@ def omega_at(objective: Objective, step: int) -> float:
 
 @torch.no_grad()
 def teacher_row(
-    model: Any, family: Family, objective: Objective, row: PackedRow, *, chunk_tokens: int
+    model: Any, family: Family, objective: Objective, row: PackedRow, *, logits_bytes: int
 ) -> TeacherRow:
-    """Run the frozen teacher over one row."""
+    """Run the frozen teacher over one row.
+
+    Args:
+        logits_bytes: what may be held at one time in logits and copies of them.
+    """
     states = row_states(model, family, row)
+    head = supervised_head(model)
     if objective.distillation.kind == "gated-decoupled":
-        gates = torch.cat(
-            [
-                confidence_gate(model.lm_head(chunk))
-                for chunk in states.predicting.split(chunk_tokens)
-            ]
-        )
+        gates = gates_of_rows(head, states.predicting, logits_bytes=logits_bytes)
     else:
         gates = torch.ones(len(row.labels), device=row.labels.device)
     relations = []
     if objective.relational.enabled:
         relations = [teacher_relation(states_of_one) for states_of_one in states.visual]
-    return TeacherRow(states.predicting, gates.float(), relations, model.lm_head)
+    return TeacherRow(states.predicting, gates.float(), relations, head)
 
 
 class StudentObjective(nn.Module):
-    """The student together with its loss: the module that DeepSpeed trains."""
+    """The student together with its loss: the module that DeepSpeed trains.
+
+    Puts a :class:`SupervisedHead` in the place of the model's head.
+    """
 
     def __init__(
-        self, model: Any, family: Family, objective: Objective, *, chunk_tokens: int
+        self, model: Any, family: Family, objective: Objective, *, logits_bytes: int
     ) -> None:
         super().__init__()
+        supervised_head(model)
         self.model = model
         self.family = family
         self.objective = objective
-        self.chunk_tokens = chunk_tokens
+        self.logits_bytes = logits_bytes
 
     def forward(
         self, row: PackedRow, teacher: TeacherRow | None, weights: TermWeights
@@ -158,64 +165,21 @@ class StudentObjective(nn.Module):
             (3,) fp32: cross-entropy, gated distillation, relational.
         """
         states = row_states(self.model, self.family, row)
-        cross_entropy = distillation = states.predicting.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(row.labels), self.chunk_tokens):
-            part = slice(start, start + self.chunk_tokens)
-            ce, kd = self._chunk(states.predicting[part], row.labels[part], teacher, part)
-            cross_entropy = cross_entropy + ce
-            distillation = distillation + kd
-        relational = torch.zeros_like(cross_entropy)
+        taught = None
+        if teacher is not None and self.objective.distillation.kind != "none":
+            taught = TaughtRows(teacher.head, teacher.states, teacher.gates)
+        supervision = Supervision(
+            labels=row.labels,
+            teacher=taught,
+            distillation=self.objective.distillation,
+            cross_entropy_weight=weights.cross_entropy,
+            distillation_weight=weights.distillation,
+            logits_bytes=self.logits_bytes,
+        )
+        loss, sums = supervised_loss(self.model.lm_head, states.predicting, supervision)
+        relational = torch.zeros_like(loss)
         if teacher is not None and self.objective.relational.enabled:
             total, _ = relational_sum(teacher.relations, states.visual)
-            relational = total.to(cross_entropy.device, torch.float32)
-        loss = (
-            weights.cross_entropy * cross_entropy
-            + weights.distillation * distillation
-            + weights.relational * relational
-        )
-        return loss, torch.stack([cross_entropy, distillation, relational]).detach()
-
-    def _chunk(
-        self, states: Tensor, labels: Tensor, teacher: TeacherRow | None, part: slice
-    ) -> tuple[Tensor, Tensor]:
-        # Under ZeRO-3 a parameter has no elements outside its module's passes, which the
-        # checkpoint's own shape check would take for a difference.
-        return checkpoint(
-            self._chunk_sums,
-            states,
-            labels,
-            teacher,
-            part,
-            use_reentrant=False,
-            determinism_check="none",
-            preserve_rng_state=False,
-        )
-
-    def _chunk_sums(
-        self, states: Tensor, labels: Tensor, teacher: TeacherRow | None, part: slice
-    ) -> tuple[Tensor, Tensor]:
-        """Cross-entropy and gated distillation summed over a chunk of supervised tokens."""
-        logits = self.model.lm_head(states)
-        cross_entropy = cross_entropy_sum(logits, labels)
-        if teacher is None or self.objective.distillation.kind == "none":
-            return cross_entropy, torch.zeros_like(cross_entropy)
-        with torch.no_grad():
-            teacher_logits = teacher.head(teacher.states[part])
-        per_token = _distillation(self.objective.distillation, logits, teacher_logits, labels)
-        return cross_entropy, (teacher.gates[part] * per_token).sum()
-
-
-def _distillation(
-    settings: Distillation, logits: Tensor, teacher_logits: Tensor, labels: Tensor
-) -> Tensor:
-    """(N,) distillation loss of each token, before the gate."""
-    if settings.kind == "plain":
-        return kullback_leibler(logits, teacher_logits, temperature=settings.temperature)
-    return decoupled_kd(
-        logits,
-        teacher_logits,
-        labels,
-        temperature=settings.temperature,
-        alpha=settings.alpha,
-        beta=settings.beta_dkd,
-    ).total_N
+            relational = total.to(loss.device, loss.dtype)
+        loss = loss + weights.relational * relational
+        return loss, torch.cat([sums, relational.detach()[None]])

@@ -112,7 +112,7 @@ class Trainer:
             self.scale_optimizer = scale_optimizer(self.bank, training)
         self.cycle = _quantization_cycle(model, self.bank, training.zero_stage)
         self.student = StudentObjective(
-            model, self.family, job.objective, chunk_tokens=training.logits_chunk_tokens
+            model, self.family, job.objective, logits_bytes=training.logits_mib * 2**20
         )
         self.engine = deepspeed_engine(self.student, job, self.processes, device)
         later = later_bytes(model, training, processes=self.processes)
@@ -189,7 +189,7 @@ class Trainer:
                 self.family,
                 objective,
                 row,
-                chunk_tokens=training.logits_chunk_tokens,
+                logits_bytes=training.logits_mib * 2**20,
             )
             for row in rows
         ]

@@ -1,0 +1,130 @@
+"""Cross-entropy and gated distillation of rows of logits, and their gradient, in one go.
+
+What is wanted of logits in training is the sum of each term and the gradient of their weighted sum
+with respect to the student's logits, nothing else. All weights are known beforehand, so no graph
+has to outlive the call: the gradient is written over the logits, which are not needed any more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grace_core.config.model import Distillation
+from grace_core.losses.cross_entropy import cross_entropy_sum
+from grace_core.losses.distillation import decoupled_kd, kullback_leibler
+from grace_core.losses.gate import confidence_gate
+from grace_core.losses.kernel_choice import kernels_for
+
+PLAIN_BYTES = 40
+"""Bytes a logit of what :func:`plain_terms_and_gradient_` holds at its peak besides its arguments:
+ten fp32 tensors."""
+
+
+def terms_and_gradient_(
+    logits_NV: Tensor,
+    teacher_logits_NV: Tensor | None,
+    labels_N: Tensor,
+    gates_N: Tensor | None,
+    *,
+    distillation: Distillation,
+    cross_entropy_weight: float,
+    distillation_weight: float,
+    with_gradient: bool,
+) -> Tensor:
+    """Sums of the terms over rows of logits; the gradient goes where the student's logits were.
+
+    On a GPU one Triton kernel, which reads both logits twice and writes once.
+
+    Args:
+        logits_NV: (N, V) finite student logits, any floating dtype, V >= 2. With `with_gradient`
+            they are overwritten by the gradient, in their dtype, of
+
+                cross_entropy_weight * sum_i CE_i + distillation_weight * sum_i g_i KD_i
+
+        teacher_logits_NV: (N, V) finite logits over the same vocabulary; None leaves KD out.
+        labels_N: (N,) int64 token ids in [0, V).
+        gates_N: (N,) g_i >= 0, given with the teacher's logits.
+        distillation: kind and constants of KD; kind `none` only without the teacher's logits.
+        cross_entropy_weight: may be 0; CE is summed all the same.
+
+    Returns:
+        (2,): sum of CE in nats and of g_i KD_i in nats times T^2; fp32, fp64 for fp64 logits.
+
+    Raises:
+        IndexError: a label outside [0, V), on the CPU; on a GPU sums and gradient become NaN, or
+            a device-side assertion fails.
+    """
+    assert (teacher_logits_NV is None) == (gates_N is None), "a gate for each taught token"
+    assert teacher_logits_NV is None or distillation.kind != "none"
+    assert logits_NV.shape[1] >= 2, "a choice is of two tokens or more"
+    matrices = [m for m in (logits_NV, teacher_logits_NV) if m is not None]
+    kernels = kernels_for(*matrices)
+    compute = plain_terms_and_gradient_ if kernels is None else kernels.terms_and_gradient_
+    sums: Tensor = compute(
+        logits_NV,
+        teacher_logits_NV,
+        labels_N,
+        gates_N,
+        distillation=distillation,
+        cross_entropy_weight=cross_entropy_weight,
+        distillation_weight=distillation_weight,
+        with_gradient=with_gradient,
+    )
+    return sums
+
+
+def gates_of_logits(teacher_logits_NV: Tensor) -> Tensor:
+    """The confidence gate, (N,) at least fp32; on a GPU one Triton kernel that reads once.
+
+    See :func:`grace_core.losses.gate.confidence_gate`.
+    """
+    kernels = kernels_for(teacher_logits_NV)
+    gates: Tensor = (confidence_gate if kernels is None else kernels.confidence_gate)(
+        teacher_logits_NV
+    )
+    return gates
+
+
+def plain_terms_and_gradient_(
+    logits_NV: Tensor,
+    teacher_logits_NV: Tensor | None,
+    labels_N: Tensor,
+    gates_N: Tensor | None,
+    *,
+    distillation: Distillation,
+    cross_entropy_weight: float,
+    distillation_weight: float,
+    with_gradient: bool,
+) -> Tensor:
+    """The same by autograd over the terms' own functions."""
+    # The copy makes both terms' gradients meet in fp32, to be rounded once.
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    leaf = logits_NV.detach().to(dtype)
+    with torch.set_grad_enabled(with_gradient):
+        leaf.requires_grad_(with_gradient)
+        cross_entropy = cross_entropy_sum(leaf, labels_N)
+        distilled = torch.zeros_like(cross_entropy)
+        if teacher_logits_NV is not None and gates_N is not None:
+            per_token = _distillation(distillation, leaf, teacher_logits_NV, labels_N)
+            distilled = (gates_N * per_token).sum()
+        loss = cross_entropy_weight * cross_entropy + distillation_weight * distilled
+    if with_gradient:
+        logits_NV.copy_(torch.autograd.grad(loss, leaf)[0])
+    return torch.stack([cross_entropy, distilled]).detach()
+
+
+def _distillation(
+    settings: Distillation, logits_NV: Tensor, teacher_logits_NV: Tensor, labels_N: Tensor
+) -> Tensor:
+    """(N,) distillation loss of each token, before the gate."""
+    if settings.kind == "plain":
+        return kullback_leibler(logits_NV, teacher_logits_NV, temperature=settings.temperature)
+    return decoupled_kd(
+        logits_NV,
+        teacher_logits_NV,
+        labels_N,
+        temperature=settings.temperature,
+        alpha=settings.alpha,
+        beta=settings.beta_dkd,
+    ).total_N
