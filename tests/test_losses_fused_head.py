@@ -460,11 +460,22 @@ def test_a_gpu_without_them_says_why_once(
 
 @CUDA
 @pytest.mark.parametrize("kind", ["none", "plain", "decoupled"])
-def test_real_vocabulary_on_a_gpu(kind: str) -> None:
+@pytest.mark.parametrize("mib", [896, 80])  # one chunk, and several
+def test_real_vocabulary_on_a_gpu(kind: str, mib: int) -> None:
     given = problem(
         kind, tokens=512, vocabulary=151_936, width=2048, teacher_width=4096, device="cuda"
     )
-    compare_bf16(given, 512 * 151_936 * 2 // 2)
+    compare_bf16(given, mib * 2**20)
+
+
+@CUDA
+def test_two_chunks_at_real_size_on_a_gpu() -> None:
+    given = problem(
+        tokens=4096, vocabulary=151_936, width=2048, teacher_width=4096, device="cuda", spread=0.5
+    )
+    heads = given.weight.bfloat16(), given.teacher_weight.bfloat16()
+    assert ChunkRows.within(896 * 2**20, *heads) == ChunkRows(2560, 512)
+    compare_bf16(given, 896 * 2**20)
 
 
 @CUDA

@@ -170,7 +170,8 @@ def _terms_kernel(  # type: ignore[no-untyped-def]
         s_T = tl.sum(sum_T * shrink, axis=0)
         gap = tl.sum((gap_T + sum_T * (shift_T - (top_S - t_S))) * shrink, axis=0)
         y_T = tl.load(teacher + label, mask=is_token, other=0.0).to(tl.float32) - t_T
-        divergence = gap / s_T / temperature - tl.log(s_T / s_S)
+        # Rounded, so that equal sums have a quotient of exactly 1.
+        divergence = gap / s_T / temperature - tl.log(tl.div_rn(s_T, s_S))
         gate = tl.load(gates + row)
         factor = distillation_weight * gate * temperature
         if KIND == _DECOUPLED:
