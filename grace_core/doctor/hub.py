@@ -22,7 +22,6 @@ _MAY_WRITE = {"admin", "write", "contributor"}
 
 def look_up(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Finding]]:
     """A checkpoint that is to be downloaded, with the size that the Hub tells, and what it said."""
-    import httpx2
     from huggingface_hub import HfApi, is_offline_mode
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -30,6 +29,8 @@ def look_up(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Finding]]:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+
+    from grace_core.hub_transport import TransportError
 
     path, revision = checkpoint.source.path, checkpoint.source.revision
     if is_offline_mode():
@@ -52,7 +53,7 @@ def look_up(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Finding]]:
     except HfHubHTTPError as error:
         text = f"{path}: the Hub answered {error.response.status_code}"
         return checkpoint, [problem(AREA, text, "try again later, or download it first")]
-    except (httpx2.TransportError, OSError) as error:
+    except (TransportError, OSError) as error:
         text = f"{path} must be downloaded, but {api.endpoint} cannot be reached"
         remedy = f"check the connection and HF_ENDPOINT ({type(error).__name__})"
         return checkpoint, [problem(AREA, text, remedy)]
@@ -80,9 +81,10 @@ def check_publishing(config: GraceConfig) -> Iterator[Finding]:
     if missing:
         yield from missing
         return
-    import httpx2
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    from grace_core.hub_transport import TransportError
 
     api = HfApi(endpoint=destination.endpoint, token=os.environ["HF_TOKEN"])
     try:
@@ -101,7 +103,7 @@ def check_publishing(config: GraceConfig) -> Iterator[Finding]:
         else:
             yield unchecked(AREA, f"HF_TOKEN: the Hub answered {status}", "try again later")
         return
-    except (httpx2.TransportError, OSError) as error:
+    except (TransportError, OSError) as error:
         yield problem(
             AREA,
             f"{destination.endpoint} cannot be reached ({type(error).__name__})",

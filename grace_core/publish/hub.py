@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from huggingface_hub.hf_api import RepoFile
 
 from grace_core.errors import GraceError
+from grace_core.hub_transport import TransportError
 from grace_core.publish.directory import Published, release_files
 
 _KEPT = frozenset({".gitattributes"})
@@ -138,7 +138,7 @@ def _explained(repository: str, endpoint: str, token: str) -> Iterator[None]:
         raise GraceError(
             f"{repository}: the Hub client is offline; unset HF_HUB_OFFLINE to publish"
         ) from None
-    except (httpx2.TransportError, OSError, RuntimeError, ValueError) as error:
+    except (TransportError, OSError, RuntimeError, ValueError) as error:
         # The client wraps a failed upload of a large file in a RuntimeError.
         cause = error.__cause__ if isinstance(error, RuntimeError) else None
         reason = cause or error

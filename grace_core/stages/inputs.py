@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx2
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -19,6 +18,7 @@ from grace_core.artifacts import digest_folder, fingerprint
 from grace_core.config.load import config_digest
 from grace_core.config.model import CheckpointSource, GraceConfig, ShareGPT4VData
 from grace_core.errors import GraceError
+from grace_core.hub_transport import TransportError
 from grace_core.stages.sources import (
     annotations_parent,
     pictures_parent,
@@ -122,7 +122,7 @@ def _teacher_digest(source: CheckpointSource) -> str:
         from grace_core.models.loading import locate_checkpoint
 
         commit = locate_checkpoint(source).revision  # what such a run would take
-    except (HfHubHTTPError, httpx2.TransportError, OSError, ValueError) as error:
+    except (HfHubHTTPError, TransportError, OSError, ValueError) as error:
         raise GraceError(
             f"models.teacher: {source.path} is no directory here, and the Hub did not tell its "
             f"commit ({type(error).__name__}); check the name, the revision and the connection"
