@@ -80,11 +80,8 @@ def decoupled_kd(
         q_T_NV = log_q_T_NV.exp()
     margin_S_N, log_q_S_NV = _target_and_rest(student_logits_NV, labels_N, temperature)
 
-    tckd_N = torch.sigmoid(margin_T_N) * (F.logsigmoid(margin_T_N) - F.logsigmoid(margin_S_N))
-    tckd_N = tckd_N + torch.sigmoid(-margin_T_N) * (
-        F.logsigmoid(-margin_T_N) - F.logsigmoid(-margin_S_N)
-    )
-    nckd_N = _expected_log_ratio(q_T_NV, log_q_T_NV, log_q_S_NV)
+    tckd_N = target_divergence(margin_T_N, margin_S_N)
+    nckd_N = expected_log_ratio(q_T_NV, log_q_T_NV, log_q_S_NV)
 
     tckd_N = temperature**2 * tckd_N
     nckd_N = temperature**2 * nckd_N
@@ -109,7 +106,18 @@ def kullback_leibler(
         log_p_T_NV = F.log_softmax(_tempered(teacher_logits_NV, temperature), dim=-1)
         p_T_NV = log_p_T_NV.exp()
     log_p_S_NV = F.log_softmax(_tempered(student_logits_NV, temperature), dim=-1)
-    return temperature**2 * _expected_log_ratio(p_T_NV, log_p_T_NV, log_p_S_NV)
+    return temperature**2 * expected_log_ratio(p_T_NV, log_p_T_NV, log_p_S_NV)
+
+
+def target_divergence(margin_T_N: Tensor, margin_S_N: Tensor) -> Tensor:
+    """TCKD without its factor T^2, (N,), from both models' log-odds of the target.
+
+    Gradient reaches the student's only if the teacher's carry none.
+    """
+    tckd_N = torch.sigmoid(margin_T_N) * (F.logsigmoid(margin_T_N) - F.logsigmoid(margin_S_N))
+    return tckd_N + torch.sigmoid(-margin_T_N) * (
+        F.logsigmoid(-margin_T_N) - F.logsigmoid(-margin_S_N)
+    )
 
 
 def _check_shapes(student_logits_NV: Tensor, teacher_logits_NV: Tensor) -> None:
@@ -148,7 +156,7 @@ def _target_and_rest(
     return margin_N, log_q_NV
 
 
-def _expected_log_ratio(p_NV: Tensor, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+def expected_log_ratio(p_NV: Tensor, log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     """sum_j p_j (log p_j - log q_j), (N,); gradient reaches log q only.
 
     Entry by entry, so that equal distributions give exactly 0, and not as a dot product, which on
