@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from grace_core.config.model import Distillation
 from grace_core.losses.distillation import decoupled_kd, kullback_leibler
-from grace_core.losses.fused_head import SupervisedHead
+from grace_core.losses.fused_head import SupervisedHead, truncated_rows
 from grace_core.losses.truncated_distillation import truncated_distillation
-from grace_core.losses.truncated_teacher import TruncatedRows, truncated, truncated_rows
+from grace_core.losses.truncated_teacher import TruncatedRows, truncated
 from grace_core.losses.truncated_terms import (
     fused_truncated_terms_and_gradient_,
     plain_truncated_terms_and_gradient_,
@@ -48,6 +48,10 @@ def example(
     labels = torch.randint(vocabulary, (num_tokens,), generator=generator)
     labels[0], labels[1] = teacher[0].argmax(), teacher[1].argmin()
     return student, teacher, labels
+
+
+def on_device(rows: TruncatedRows) -> TruncatedRows:
+    return rows.moved(lambda tensor: tensor.to(DEVICE))
 
 
 def by_classes(
@@ -94,9 +98,7 @@ def test_all_logits_kept_give_the_exact_loss(kind: str) -> None:
     if kind == "plain":
         exact = kullback_leibler(student, teacher, temperature=2.0)
     else:
-        exact = decoupled_kd(
-            student, teacher, labels, temperature=2.0, alpha=1.0, beta=4.0
-        ).total_N
+        exact = decoupled_kd(student, teacher, labels, temperature=2.0, alpha=1.0, beta=4.0).total_N
     torch.testing.assert_close(found, exact, rtol=1e-12, atol=1e-12)
 
 
@@ -124,9 +126,7 @@ def test_what_is_lost_is_the_divergence_within_the_tail() -> None:
         in_tail = torch.ones(VOCABULARY, dtype=torch.bool)
         in_tail[kept.ids[token].long()] = False
         in_tail[labels[token]] = False
-        p_t, p_s = (
-            torch.softmax(z[token][in_tail] / temperature, 0) for z in (teacher, student)
-        )
+        p_t, p_s = (torch.softmax(z[token][in_tail] / temperature, 0) for z in (teacher, student))
         rest = torch.arange(VOCABULARY) != labels[token]
         q_t = torch.exp(teacher[token] / temperature)
         mass = q_t[in_tail].sum() / q_t[rest].sum()
@@ -169,11 +169,10 @@ def test_extreme_logits_stay_finite(top_k: int, spread: float) -> None:
     kept = truncated(teacher, labels, top_k=top_k, temperature=0.5)
     for compute in (plain_truncated_terms_and_gradient_, fused()):
         logits = student.clone().to(DEVICE)
-        on_device = kept.to(torch.device(DEVICE))
         sums = compute(
             logits,
             labels.to(DEVICE),
-            on_device,
+            on_device(kept),
             distillation=Distillation(temperature=0.5),
             with_gradient=True,
             **WEIGHTS,
@@ -199,7 +198,7 @@ def test_the_kernels_agree_with_autograd_in_float64(kind: str, vocabulary: int, 
         exact, labels, kept, distillation=settings, with_gradient=True, **WEIGHTS
     )
     logits = student.clone().to(DEVICE)
-    inputs = (labels.to(DEVICE), kept.to(torch.device(DEVICE)))
+    inputs = (labels.to(DEVICE), on_device(kept))
     sums = fused()(logits, *inputs, distillation=settings, with_gradient=True, **WEIGHTS)
     torch.testing.assert_close(sums.cpu().double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(logits.cpu().double(), exact, rtol=1e-4, atol=1e-7)
@@ -223,7 +222,7 @@ def test_kernels_in_bf16(kind: str, temperature: float) -> None:
     sums = fused()(
         logits,
         labels.to(DEVICE),
-        kept.to(torch.device(DEVICE)),
+        on_device(kept),
         distillation=settings,
         with_gradient=True,
         **WEIGHTS,
@@ -239,7 +238,7 @@ def test_no_rows() -> None:
         sums = compute(
             student[:0].to(DEVICE),
             labels[:0].to(DEVICE),
-            kept.to(torch.device(DEVICE)),
+            on_device(kept),
             distillation=Distillation(),
             with_gradient=True,
             **WEIGHTS,

@@ -238,6 +238,20 @@ class TeacherFit(TrainingStage):
     )
 
 
+class TeacherOutputs(Section):
+    """Optional stage: what the teacher says of the data, recorded once for all trainings.
+
+    Without this section the teacher runs along in every training.
+    """
+
+    top_k: PositiveInt = Field(
+        128, description="logits kept of each supervised token besides the target's"
+    )
+    shard_samples: PositiveInt = Field(
+        1024, description="samples in one file; a stopped run makes the unfinished files again"
+    )
+
+
 class Quantization(TrainingStage):
     """Quantization-aware training, one run per variant, all started from the BF16 student."""
 
@@ -394,12 +408,20 @@ class GraceConfig(Section):
     models: Models
     data: Data
     teacher_fit: TeacherFit | None = None
+    teacher_outputs: TeacherOutputs | None = None
     distill: TrainingStage
     quantize: Quantization
     launch: Launch = Launch()
     evaluation: Evaluation = Evaluation()
     publish: Publish
     tracking: Tracking = Tracking()
+
+    @property
+    def records_teacher(self) -> bool:
+        """Whether trainings learn from recorded outputs of the teacher."""
+        learners = (self.distill, self.quantize)
+        needed = any(stage.objective.needs_teacher for stage in learners)
+        return self.teacher_outputs is not None and needed
 
     @field_validator("run_dir")
     @classmethod

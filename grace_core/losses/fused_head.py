@@ -36,6 +36,8 @@ from grace_core.losses.supervised_terms import (
     gates_of_logits,
     terms_and_gradient_,
 )
+from grace_core.losses.truncated_teacher import TruncatedRows, joined_rows, truncated
+from grace_core.losses.truncated_terms import truncated_terms_and_gradient_
 
 _ROW_MULTIPLE = 128
 """Matrix products are cut into tiles of so many rows."""
@@ -114,7 +116,7 @@ class Supervision:
     labels: Tensor
     """(N,) int64 token ids."""
 
-    teacher: TaughtRows | None
+    teacher: TaughtRows | TruncatedRows | None
     """None: cross-entropy alone."""
 
     distillation: Distillation
@@ -191,6 +193,35 @@ def gates_of_rows(head: SupervisedHead, states_Nd: Tensor, *, logits_bytes: int)
     return result
 
 
+@torch.no_grad()
+def truncated_rows(
+    head: SupervisedHead,
+    states_Nd: Tensor,
+    labels_N: Tensor,
+    *,
+    top_k: int,
+    temperature: float,
+    logits_bytes: int,
+) -> TruncatedRows:
+    """What is kept of the teacher's logits of supervised rows, from its final states.
+
+    Args:
+        states_Nd: (N, d_T) final states that predict the labels, N >= 1.
+        labels_N: (N,) int64 token ids.
+        top_k: how many logits besides the label's are kept.
+        temperature: T of distillation.
+    """
+
+    def of_chunks(states: Tensor, weight: Tensor, bias: Tensor | None) -> list[TruncatedRows]:
+        rows = ChunkRows.within(logits_bytes, weight, weight).teacher
+        return [
+            truncated(F.linear(part, weight, bias), labels, top_k=top_k, temperature=temperature)
+            for part, labels in zip(states.split(rows), labels_N.split(rows), strict=True)
+        ]
+
+    return joined_rows(head(states_Nd, use=of_chunks))
+
+
 class _SupervisedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -204,10 +235,10 @@ class _SupervisedLoss(torch.autograd.Function):
         needed = [grad_enabled and needs for needs in ctx.needs_input_grad[:3]]
         work = _Work(states, weight, bias, supervision, *needed)
         teacher = supervision.teacher
-        if teacher is None:
-            work.run(None, None, None)
-        else:
+        if isinstance(teacher, TaughtRows):
             teacher.head(teacher.states, use=work.run)
+        else:
+            work.run(None, None, None)
         ctx.gradients = [work.grad_states, work.grad_weight, work.grad_bias]
         ctx.mark_non_differentiable(work.sums)
         loss = (
@@ -286,15 +317,21 @@ class _Work:
 
     def _terms(self, logits: Tensor, teacher_logits: Tensor | None, part: slice) -> None:
         given = self.supervision
+        taught = given.teacher
+        settings: dict[str, Any] = {
+            "distillation": given.distillation,
+            "cross_entropy_weight": given.cross_entropy_weight,
+            "distillation_weight": given.distillation_weight,
+            "with_gradient": self.with_gradient,
+        }
+        if isinstance(taught, TruncatedRows):
+            self.sums += truncated_terms_and_gradient_(
+                logits, given.labels[part], taught.part(part), **settings
+            )
+            return
+        gates = None if taught is None else taught.gates[part]
         self.sums += terms_and_gradient_(
-            logits,
-            teacher_logits,
-            given.labels[part],
-            None if given.teacher is None else given.teacher.gates[part],
-            distillation=given.distillation,
-            cross_entropy_weight=given.cross_entropy_weight,
-            distillation_weight=given.distillation_weight,
-            with_gradient=self.with_gradient,
+            logits, teacher_logits, given.labels[part], gates, **settings
         )
 
 

@@ -14,7 +14,7 @@ pass (:mod:`grace_core.losses.fused_head`).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,7 +28,6 @@ from grace_core.losses.controller import (
     FixedBeta,
 )
 from grace_core.losses.fused_head import (
-    SupervisedHead,
     Supervision,
     TaughtRows,
     gates_of_rows,
@@ -36,6 +35,7 @@ from grace_core.losses.fused_head import (
     supervised_loss,
 )
 from grace_core.losses.relational import TeacherRelation, relational_sum, teacher_relation
+from grace_core.losses.truncated_teacher import TruncatedRows
 from grace_core.models.families import Family
 from grace_core.models.forward import row_states
 from grace_core.models.rows import PackedRow
@@ -47,17 +47,16 @@ from grace_core.models.rows import PackedRow
 class TeacherRow:
     """What the student's pass needs of the teacher for one row."""
 
-    states: Tensor
-    """(N, d_T) final states that predict the supervised tokens."""
-
-    gates: Tensor
-    """(N,) fp32 weights of the distillation loss; ones where the gate is off."""
+    taught: TaughtRows | TruncatedRows
+    """Its N supervised tokens; gates are ones where the gate is off."""
 
     relations: list[TeacherRelation]
     """One for each picture of the row; empty where the relational term is off."""
 
-    head: SupervisedHead
-    """The teacher's language-model head."""
+    @property
+    def gates(self) -> Tensor:
+        """(N,) fp32 weights of the distillation loss."""
+        return self.taught.gates
 
 
 @dataclass(frozen=True)
@@ -136,7 +135,21 @@ def teacher_row(
     relations = []
     if objective.relational.enabled:
         relations = [teacher_relation(states_of_one) for states_of_one in states.visual]
-    return TeacherRow(states.predicting, gates.float(), relations, head)
+    return TeacherRow(TaughtRows(head, states.predicting, gates.float()), relations)
+
+
+def recorded_teacher_row(
+    objective: Objective, rows: TruncatedRows, relations: list[TeacherRelation]
+) -> TeacherRow:
+    """The same from the teacher's recorded outputs.
+
+    Args:
+        rows: the row's supervised tokens.
+        relations: its pictures.
+    """
+    if objective.distillation.kind != "gated-decoupled":
+        rows = replace(rows, gates=torch.ones_like(rows.gates))
+    return TeacherRow(rows, relations if objective.relational.enabled else [])
 
 
 class StudentObjective(nn.Module):
@@ -167,7 +180,7 @@ class StudentObjective(nn.Module):
         states = row_states(self.model, self.family, row)
         taught = None
         if teacher is not None and self.objective.distillation.kind != "none":
-            taught = TaughtRows(teacher.head, teacher.states, teacher.gates)
+            taught = teacher.taught
         supervision = Supervision(
             labels=row.labels,
             teacher=taught,

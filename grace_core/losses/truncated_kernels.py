@@ -74,7 +74,7 @@ def _gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 def tail_sums(logits_NV: Tensor, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Of every row, each (N, 1) fp32: the largest logit m, and sums of exp((z - m) / T), exp(z - m).
+    """Of every row its largest logit m and sums of exp((z - m) / T) and exp(z - m), (N, 1) fp32.
 
     The sums are 1 or more, also of a row without any logit that is not `ABSENT`.
     """

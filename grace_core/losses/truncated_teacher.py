@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grace_core.losses.fused_head import ChunkRows, SupervisedHead
 from grace_core.losses.gate import confidence_gate
 from grace_core.losses.kernel_choice import kernels_for
 
@@ -42,20 +41,18 @@ class TruncatedRows:
     `ABSENT` where the tail is empty."""
 
     gates: Tensor
-    """(N,) fp32 weights g_i of the distillation loss; -log g_i is the normalised entropy (Eq. 4)."""
+    """(N,) fp32 weights g_i of the distillation loss; -log g_i is the entropy h_i of Eq. 4."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def part(self, rows: slice) -> TruncatedRows:
         """Some of the rows."""
-        return self._with(lambda tensor: tensor[rows])
+        return self.moved(lambda tensor: tensor[rows])
 
-    def to(self, device: torch.device) -> TruncatedRows:
-        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
-
-    def pin_memory(self) -> TruncatedRows:
-        return self._with(Tensor.pin_memory)
+    def moved(self, move: Callable[[Tensor], Tensor]) -> TruncatedRows:
+        """The same with `move` done to every tensor."""
+        return TruncatedRows(**{name: move(value) for name, value in vars(self).items()})
 
     def log_q(self, temperature: float) -> tuple[Tensor, Tensor]:
         """Log-odds of the target (N,), and log q_T of the kept others and of the tail (N, k + 1).
@@ -69,9 +66,6 @@ class TruncatedRows:
         of_all = classes.logsumexp(-1, keepdim=True)
         margin = (self.target_logits.to(dtype)[:, None] - largest) / temperature - of_all
         return margin[:, 0], classes - of_all
-
-    def _with(self, change: Callable[[Tensor], Tensor]) -> TruncatedRows:
-        return TruncatedRows(**{name: change(value) for name, value in vars(self).items()})
 
 
 @torch.no_grad()
@@ -102,39 +96,6 @@ def truncated(
         tails=tails.clamp(min=ABSENT).float(),
         gates=gates.float(),
     )
-
-
-@torch.no_grad()
-def truncated_rows(
-    head: SupervisedHead,
-    states_Nd: Tensor,
-    labels_N: Tensor,
-    *,
-    top_k: int,
-    temperature: float,
-    logits_bytes: int,
-) -> TruncatedRows:
-    """Truncated logits of supervised rows from the teacher's final states, a chunk at a time.
-
-    Args:
-        head: the teacher's.
-        states_Nd: (N, d_T) final states that predict the labels.
-        logits_bytes: what may be held at one time in logits and copies of them.
-    """
-
-    def of_chunks(states: Tensor, weight: Tensor, bias: Tensor | None) -> list[TruncatedRows]:
-        rows = ChunkRows.within(logits_bytes, weight, weight).teacher
-        return [
-            truncated(
-                torch.nn.functional.linear(part, weight, bias),
-                labels,
-                top_k=top_k,
-                temperature=temperature,
-            )
-            for part, labels in zip(states.split(rows), labels_N.split(rows), strict=True)
-        ]
-
-    return joined_rows(head(states_Nd, use=of_chunks))
 
 
 def joined_rows(parts: list[TruncatedRows]) -> TruncatedRows:

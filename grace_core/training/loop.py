@@ -19,9 +19,8 @@ import torch
 from datasets import load_from_disk
 from torch import distributed as dist
 from torch import nn
-from torch.utils.data import DataLoader
 
-from grace_core.data.packing import planned_steps, rows_of_steps
+from grace_core.data.packing import planned_steps
 from grace_core.errors import GraceError
 from grace_core.losses.objective import (
     GlobalCounts,
@@ -30,12 +29,13 @@ from grace_core.losses.objective import (
     TermWeights,
     make_controller,
     omega_at,
+    recorded_teacher_row,
     teacher_row,
 )
 from grace_core.models.families import set_trainable
 from grace_core.models.fused_forward import choose_forward
 from grace_core.models.loading import CheckpointFolder, check_pair, load_model, read_checkpoint
-from grace_core.models.rows import PackedRow, packed_row
+from grace_core.models.rows import PackedRow
 from grace_core.models.visual_inputs import VisualInputs, check_same_tokens
 from grace_core.quantization.convert import convert
 from grace_core.quantization.cycle import QuantizationCycle
@@ -50,11 +50,13 @@ from grace_core.training.optimizer import (
     set_rate,
     weight_optimizer,
 )
+from grace_core.training.planned_rows import PlannedRows, RankPlan, RecordedRow, row_loader
 from grace_core.training.recompute import choose_recomputed_layers, later_bytes, recompute_layers
 from grace_core.training.reports import Agreement, Reporter, StepReport, agree
 from grace_core.training.result import write_result
 from grace_core.training.saved import Layout, Saved, latest_checkpoint
 from grace_core.training.stopping import StopSignal
+from grace_core.training.teacher_outputs import TeacherOutputs
 from grace_core.training.zero import QUANTIZED_ONCE_STAGES, deepspeed_settings
 
 log = logging.getLogger(__name__)
@@ -90,7 +92,7 @@ class Trainer:
         self.family = folder.family
         self.visual = VisualInputs(folder, min_pixels=job.min_pixels, max_pixels=job.max_pixels)
         self.teacher: Any = None
-        if job.objective.needs_teacher:
+        if job.objective.needs_teacher and job.teacher_outputs is None:
             self.teacher = self._load_teacher(folder)
         model = self._load_student(folder).train()
         set_trainable(model, self.family, training.trainable)
@@ -138,6 +140,7 @@ class Trainer:
             raise GraceError(
                 f"{job.data} holds no samples; see quarantine.jsonl beside it for the reasons"
             )
+        self.outputs = self._recorded_outputs()
         self.steps = planned_steps(
             self.lengths,
             row_tokens=training.row_tokens,
@@ -181,18 +184,7 @@ class Trainer:
         """One optimizer step over this rank's rows."""
         objective, training = self.job.objective, self.job.training
         rows = [row.to(self.device) for row in rows]
-        taught: list[TeacherRow | None] = [
-            None
-            if self.teacher is None
-            else teacher_row(
-                self.teacher,
-                self.family,
-                objective,
-                row,
-                logits_bytes=training.logits_mib * 2**20,
-            )
-            for row in rows
-        ]
+        taught = [self._taught(row) for row in rows]
         counts = self._global_counts(rows, taught)
         beta, omega = self.controller.beta, omega_at(objective, self.step)
         weights = TermWeights.of(objective, counts, beta=beta, omega=omega)
@@ -222,6 +214,21 @@ class Trainer:
             self.controller.update(report.distillation)
         self.step += 1
         return StepReport(**{**vars(report), "grad_norm": grad_norm, "scale_grad_norm": scale_norm})
+
+    def _taught(self, row: PackedRow) -> TeacherRow | None:
+        """What the teacher says of a row, or said when its outputs were recorded."""
+        objective = self.job.objective
+        if isinstance(row, RecordedRow):
+            return recorded_teacher_row(objective, row.outputs.rows, row.outputs.relations)
+        if self.teacher is None:
+            return None
+        return teacher_row(
+            self.teacher,
+            self.family,
+            objective,
+            row,
+            logits_bytes=self.job.training.logits_mib * 2**20,
+        )
 
     def save(self, reporter: Reporter | None) -> float:
         """Write a checkpoint; returns the seconds it took."""
@@ -261,16 +268,29 @@ class Trainer:
         choose_forward(model, folder.family, self.job.training.kernels)
         return model.requires_grad_(False)
 
+    def _recorded_outputs(self) -> TeacherOutputs | None:
+        job, distillation = self.job, self.job.objective.distillation
+        if job.teacher_outputs is None or not job.objective.needs_teacher:
+            return None
+        return TeacherOutputs(
+            job.teacher_outputs,
+            samples=len(self.lengths),
+            temperature=None if distillation.kind == "none" else distillation.temperature,
+        )
+
     def _rows(self) -> Iterator[PackedRow]:
         training = self.job.training
-        loader = DataLoader(
-            _RankRows(self),
-            batch_size=None,
-            num_workers=training.data_workers,
-            prefetch_factor=4 if training.data_workers else None,
-            pin_memory=self.device.type == "cuda",
+        plan = RankPlan(
+            self.lengths,
+            row_tokens=training.row_tokens,
+            rows_per_step=training.rows_per_step,
+            seed=self.job.seed,
+            first_step=self.step,
+            rank=self.rank,
+            processes=self.processes,
         )
-        return iter(loader)
+        rows = PlannedRows(self.data, self.visual, plan, self.outputs)
+        return iter(row_loader(rows, training.data_workers, self.device))
 
     def _global_counts(
         self, rows: list[PackedRow], taught: list[TeacherRow | None]
@@ -391,36 +411,6 @@ def _agreed(job: TrainingJob, layout: Layout) -> Saved | None:
         found = [latest_checkpoint(job.checkpoints, layout)]
     dist.broadcast_object_list(found)
     return found[0]
-
-
-class _RankRows(torch.utils.data.IterableDataset[PackedRow]):
-    """This rank's rows from the trainer's step on; decoded by the loader's processes."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        training = trainer.job.training
-        self.data, self.visual = trainer.data, trainer.visual
-        self.lengths, self.seed = trainer.lengths, trainer.job.seed
-        self.row_tokens, self.rows_per_step = training.row_tokens, training.rows_per_step
-        self.first_step = trainer.step
-        self.rank, self.processes = trainer.rank, trainer.processes
-
-    def __iter__(self) -> Iterator[PackedRow]:
-        worker = torch.utils.data.get_worker_info()
-        share, shares = (worker.id, worker.num_workers) if worker else (0, 1)
-        plan = rows_of_steps(
-            self.lengths,
-            row_tokens=self.row_tokens,
-            rows_per_step=self.rows_per_step,
-            seed=self.seed,
-            first_step=self.first_step,
-        )
-        number = 0
-        for step in plan:
-            for row in step[self.rank :: self.processes]:
-                # The loader asks its processes in turn, so this keeps the order.
-                if number % shares == share:
-                    yield packed_row([self.data[index] for index in row], self.visual)
-                number += 1
 
 
 def deepspeed_engine(

@@ -1,0 +1,184 @@
+"""One pass of the frozen teacher over a data set, whose outputs students then learn from.
+
+Samples are cut into shards, and rank r of R makes shards r, r + R, ... . Rows are packed from one
+shard's samples alone, in their order, so that a shard's content does not depend on how many ranks
+there are or which of them makes it. A shard has its name when it is whole; after a stop those that
+are missing are made.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+from collections.abc import Sequence
+
+import torch
+from datasets import load_from_disk
+from torch import Tensor
+from torch import distributed as dist
+
+from grace_core.errors import GraceError
+from grace_core.events import Event, EventWriter, truncate_after
+from grace_core.losses.fused_head import supervised_head, truncated_rows
+from grace_core.losses.relational import teacher_relation
+from grace_core.losses.stored_relation import stored_relation
+from grace_core.models.forward import row_states
+from grace_core.models.fused_forward import choose_forward
+from grace_core.models.loading import check_pair, load_model, read_checkpoint
+from grace_core.models.rows import PackedRow
+from grace_core.models.visual_inputs import VisualInputs, check_same_tokens
+from grace_core.training.job import TeacherJob
+from grace_core.training.planned_rows import PlannedRows, row_loader
+from grace_core.training.stopping import StopSignal
+from grace_core.training.teacher_outputs import (
+    OutputsIndex,
+    SampleOutputs,
+    shard_file,
+    write_index,
+    write_shard,
+)
+
+log = logging.getLogger(__name__)
+
+
+def record_outputs(job: TeacherJob, device: torch.device, stop: StopSignal) -> bool:
+    """Make all shards that are missing; called by every rank of the group.
+
+    Returns True when the result is there, False when told to stop before.
+    """
+    teacher_pass = TeacherPass(job, device)
+    if not teacher_pass.run(stop):
+        log.warning("stopped by signal; whole shards stay, the others are made by the next run")
+        return False
+    dist.barrier()
+    if dist.get_rank() == 0:
+        teacher_pass.finish()
+    return True
+
+
+class TeacherPass:
+    """The teacher, the data and this rank's shards."""
+
+    def __init__(self, job: TeacherJob, device: torch.device) -> None:
+        self.job, self.device = job, device
+        teacher, student = read_checkpoint(job.teacher), read_checkpoint(job.student)
+        check_pair(teacher, student)
+        pixels = {"min_pixels": job.min_pixels, "max_pixels": job.max_pixels}
+        self.visual = VisualInputs(teacher, **pixels)
+        check_same_tokens(self.visual, VisualInputs(student, **pixels))
+        self.family = teacher.family
+        self.data = load_from_disk(str(job.data))
+        self.lengths: list[int] = list(self.data["num_tokens"])
+        self.supervised: list[int] = list(self.data["num_supervised"])
+        self.pictures = [len(grids) for grids in self.data["image_grids"]]
+        if not self.lengths:
+            raise GraceError(
+                f"{job.data} holds no samples; see quarantine.jsonl beside it for the reasons"
+            )
+        self.model = load_model(teacher, device=device, attention="packed").requires_grad_(False)
+        choose_forward(self.model, self.family, job.training.kernels)
+        self.head = supervised_head(self.model)
+        job.shards.mkdir(parents=True, exist_ok=True)
+
+    @property
+    def shards(self) -> int:
+        return -(-len(self.lengths) // self.job.outputs.shard_samples)
+
+    def run(self, stop: StopSignal) -> bool:
+        """Make this rank's missing shards; False when told to stop before the last one is whole."""
+        own = range(dist.get_rank(), self.shards, dist.get_world_size())
+        missing = [number for number in own if not shard_file(self.job.shards, number).exists()]
+        events = self._events() if dist.get_rank() == 0 else None
+        plan = [samples for number in missing for samples in self._rows_of(number)]
+        planned = PlannedRows(self.data, self.visual, plan)
+        rows = iter(row_loader(planned, self.job.training.data_workers, self.device))
+        try:
+            for number in missing:
+                made: list[SampleOutputs] = []
+                for samples in self._rows_of(number):
+                    if stop.requested:
+                        return False
+                    made += self._of_row(samples, next(rows))
+                write_shard(shard_file(self.job.shards, number), made)
+                if events is not None:
+                    self._report(events, "progress")
+        finally:
+            if events is not None:
+                events.close()
+        return True
+
+    def finish(self) -> None:
+        """Give the folder of all shards the name of the result."""
+        outputs = self.job.outputs
+        write_index(
+            self.job.shards,
+            OutputsIndex(
+                samples=len(self.lengths),
+                shard_samples=outputs.shard_samples,
+                temperature=self.job.temperature,
+                top_k=outputs.top_k,
+                tokens=sum(self.lengths),
+                supervised=sum(self.supervised),
+                pictures=sum(self.pictures),
+            ),
+        )
+        shutil.rmtree(self.job.result, ignore_errors=True)
+        os.replace(self.job.shards, self.job.result)
+
+    @torch.no_grad()
+    def _of_row(self, samples: Sequence[int], row: PackedRow) -> list[SampleOutputs]:
+        """The outputs of a row's samples, on the CPU."""
+        row = row.to(self.device)
+        states = row_states(self.model, self.family, row)
+        rows = truncated_rows(
+            self.head,
+            states.predicting,
+            row.labels,
+            top_k=self.job.outputs.top_k,
+            temperature=self.job.temperature,
+            logits_bytes=self.job.training.logits_mib * 2**20,
+        ).moved(Tensor.cpu)
+        pictures = iter(states.visual)
+        found, first = [], 0
+        for sample in samples:
+            last = first + self.supervised[sample]
+            of_sample = [next(pictures) for _ in range(self.pictures[sample])]
+            relations = [stored_relation(teacher_relation(each)) for each in of_sample]
+            found.append(SampleOutputs(rows.part(slice(first, last)), relations))
+            first = last
+        assert first == len(rows), "a row's supervised tokens are its samples'"
+        return found
+
+    def _rows_of(self, shard: int) -> list[list[int]]:
+        """Samples of each row of a shard: in order, as many as fit."""
+        first = shard * self.job.outputs.shard_samples
+        last = min(first + self.job.outputs.shard_samples, len(self.lengths))
+        rows: list[list[int]] = [[]]
+        room = self.job.training.row_tokens
+        for sample in range(first, last):
+            if self.lengths[sample] > room:
+                rows.append([])
+                room = self.job.training.row_tokens
+            rows[-1].append(sample)
+            room -= self.lengths[sample]
+        return rows
+
+    def _events(self) -> EventWriter:
+        truncate_after(self.job.metrics, self._done)
+        events = EventWriter(self.job.metrics)
+        if self._done:
+            self._report(events, "resume")
+        return events
+
+    def _report(self, events: EventWriter, kind: str) -> None:
+        """Samples of all ranks whose shards are whole; the steps of these events are samples."""
+        total = float(len(self.lengths))
+        values = {"steps": total} if kind == "resume" else {"done": self._done, "total": total}
+        events.write(Event(time.time(), self.job.stage, self._done, kind, values))
+
+    @property
+    def _done(self) -> int:
+        whole = sum(shard_file(self.job.shards, number).exists() for number in range(self.shards))
+        return min(whole * self.job.outputs.shard_samples, len(self.lengths))
