@@ -16,6 +16,7 @@ from tasks.new_inputs import look_at_inputs, nothing_new, remember_inputs
 from tasks.prepare_data import prepare_data
 from tasks.publish_models import publish_models, show_results
 from tasks.quantize_student import quantize_student
+from tasks.record_teacher import record_teacher
 from tasks.release_model import release_model
 from tasks.run_benchmarks import run_benchmarks
 from tasks.tracked import StageRef, tracked_flow
@@ -67,14 +68,22 @@ def fitted_teacher(settings: GraceConfig, run: str, data: StageRef) -> StageRef 
     return fit_teacher(settings, run, data) if settings.teacher_fit else None
 
 
+def teaching(
+    settings: GraceConfig, run: str, data: StageRef, teacher: StageRef | None
+) -> StageRef | None:
+    """What students learn from: the teacher's recorded outputs, or the teacher itself."""
+    return record_teacher(settings, run, data, teacher) if settings.records_teacher else teacher
+
+
 def trained_models(settings: GraceConfig, run: str) -> Models:
     """By label: teacher where it was fitted, bf16, and the configured variants."""
     data = training_data(settings, run)
     teacher = fitted_teacher(settings, run, data)
-    bf16 = distill_student(settings, run, data, teacher)
+    taught_by = teaching(settings, run, data, teacher)
+    bf16 = distill_student(settings, run, data, taught_by)
     students: Models = {"bf16": bf16}
     for precision in settings.quantize.variants:
-        students[precision] = quantize_student(settings, run, precision, data, teacher, bf16)
+        students[precision] = quantize_student(settings, run, precision, data, taught_by, bf16)
     return students if teacher is None else {"teacher": teacher, **students}
 
 

@@ -15,6 +15,7 @@ from flows.pipeline import (
     fitted_teacher,
     released_models,
     scores,
+    teaching,
     trained_models,
     training_data,
 )
@@ -54,7 +55,8 @@ def distill(config: str = DEFAULT, overrides: list[str] | None = None) -> StageR
     with tracked_flow(settings, "distill") as run:
         prepared = training_data(settings, run)
         teacher = fitted_teacher(settings, run, prepared)
-        return distill_student(settings, run, prepared, teacher)
+        taught_by = teaching(settings, run, prepared, teacher)
+        return distill_student(settings, run, prepared, taught_by)
 
 
 @guarded_flow("grace-quantize")

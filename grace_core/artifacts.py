@@ -166,6 +166,16 @@ def new_artifact(
             shutil.rmtree(partial)
 
 
+def stage_folders(root: Path, stage: str) -> list[Path]:
+    """Folders in `root` that carry a stage's name and the digits of a fingerprint, and no other's:
+    `teacher-outputs-...` is none of the stage `teacher`."""
+    return [
+        folder
+        for folder in root.glob(f"{stage}-*")
+        if "-" not in folder.name.removeprefix(f"{stage}-")
+    ]
+
+
 def remove_partials(folder: Path) -> None:
     """Remove what killed attempts at this artifact left; nobody else may be at work on it."""
     for partial in folder.parent.glob(f".{folder.name}.partial-*"):

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 
+from grace_core.artifacts import stage_folders
 from grace_core.errors import ConfigError, GraceError
 from grace_core.launch.output import first_error
 from grace_core.launch.process_group import ProcessesFailed
@@ -243,9 +244,8 @@ def _cause(error: BaseException, kind: Kind, lines: Sequence[str]) -> str:
 
 def _work_folder(run_dir: Path, stage: str, since: float) -> Path | None:
     """Where the stage's training worked last, if it began after `since`."""
-    found = [
-        (file.stat().st_mtime, file) for file in (run_dir / "work").glob(f"{stage}-*/job.json")
-    ]
+    files = [folder / "job.json" for folder in stage_folders(run_dir / "work", stage)]
+    found = [(file.stat().st_mtime, file) for file in files if file.is_file()]
     begun, file = max(found, default=(0.0, None))
     # A file system keeps coarser time than the clock.
     return file.parent if file is not None and begun >= since - 1.0 else None

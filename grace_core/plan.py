@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any, Literal
 
-from grace_core.artifacts import MANIFEST, Artifact, read_artifact
+from grace_core.artifacts import MANIFEST, Artifact, read_artifact, stage_folders
 from grace_core.config.model import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.events import read_events
@@ -22,14 +22,15 @@ def planned_stages(config: GraceConfig, goal: Goal) -> list[str]:
     """Names of the stages on the way to `goal`, in the order in which they run."""
     world = ["world"] if config.data.source.kind == "toy" else []
     teacher = ["teacher"] if config.teacher_fit else []
+    outputs = ["teacher-outputs"] if config.records_teacher else []
     students = ["bf16", *config.quantize.variants]
     releases = [f"release-{label}" for label in students]
     rows = [f"evaluate-{label}" for label in ("teacher", "baseline", *students)]
     ways: dict[Goal, list[str]] = {
         "data": [*world, "data"],
-        "teacher": [*world, "data", *teacher],
-        "distill": [*world, "data", *teacher, "bf16"],
-        "quantize": [*world, "data", *teacher, *students],
+        "teacher": [*world, "data", *teacher, *outputs],
+        "distill": [*world, "data", *teacher, *outputs, "bf16"],
+        "quantize": [*world, "data", *teacher, *outputs, *students],
     }
     ways["release"] = ways["quantize"] + releases
     ways["evaluate"] = ways["release"] + rows
@@ -44,9 +45,11 @@ def earlier_seconds(config: GraceConfig, stage: str) -> float | None:
     last attempt alone.
     """
     found: list[tuple[str, float]] = []
-    for file in (config.run_dir / "artifacts").glob(f"{stage}-*/{MANIFEST}"):
+    for folder in stage_folders(config.run_dir / "artifacts", stage):
+        if not (folder / MANIFEST).is_file():
+            continue
         try:
-            artifact = read_artifact(file.parent)
+            artifact = read_artifact(folder)
             counts = _same_work(config, artifact) and not _was_resumed(config.run_dir, artifact)
         except GraceError as error:
             # Whoever needs the artifact or its metrics says so; an estimate goes without.
@@ -67,6 +70,9 @@ def _same_work(config: GraceConfig, artifact: Artifact) -> bool:
         )
         wanted = section.training.model_dump(mode="json") if section else None
         return bool(recorded.get("training") == wanted)
+    if stage == "teacher-outputs":
+        source = artifact.manifest.run_config.get("data", {}).get("source")
+        return bool(source == config.data.source.model_dump(mode="json"))
     if stage in ("world", "data"):
         source = config.data.source.model_dump(mode="json")
         return source.items() <= (recorded if stage == "world" else recorded["source"]).items()

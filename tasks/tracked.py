@@ -26,7 +26,7 @@ from prefect.states import Completed
 from prefect.tasks import Task
 from pydantic import BaseModel, ConfigDict
 
-from grace_core.artifacts import Artifact, read_artifact
+from grace_core.artifacts import Artifact, read_artifact, stage_folders
 from grace_core.config import GraceConfig
 from grace_core.doctor.findings import as_text, require_no_problem
 from grace_core.events import Event, read_events
@@ -181,7 +181,7 @@ def run_stage(
 
     Raises what the stage raises, and TrackingUnavailable when MLflow is away for too long.
     """
-    done_before = {folder.name for folder in (config.run_dir / "artifacts").glob(f"{stage}-*")}
+    done_before = {folder.name for folder in stage_folders(config.run_dir / "artifacts", stage)}
     child = StageRun(config, parent_run, stage)
     forwarder = MetricForwarder(child.open)
     began, watch = time.time(), current_watch()

@@ -37,7 +37,8 @@ class StandIns:
     def functions(self) -> dict[str, Any]:
         """What stands in, by the names in `grace_core.stages`."""
         names = (
-            *("generate_world", "prepare_data", "fit_teacher", "distill", "quantize"),
+            *("generate_world", "prepare_data", "fit_teacher", "record_teacher"),
+            *("distill", "quantize"),
             *("release", "evaluate", "publish", "find_publication"),
         )
         return {name: getattr(self, name) for name in names}
@@ -56,6 +57,14 @@ class StandIns:
         parents = {"start": checkpoint(config.models.teacher.path), "data": data.as_parent()}
         section = config.teacher_fit.model_dump(mode="json")
         return self._once(config, context, "teacher", section, parents, steps=STEPS)
+
+    def record_teacher(
+        self, config: GraceConfig, data: Artifact, teacher: Artifact | None, context: StageContext
+    ) -> Artifact:
+        assert config.teacher_outputs is not None
+        parents = {"teacher": _teacher(config, teacher), "data": data.as_parent()}
+        section = config.teacher_outputs.model_dump(mode="json")
+        return self._once(config, context, "teacher-outputs", section, parents)
 
     def distill(
         self, config: GraceConfig, data: Artifact, teacher: Artifact | None, context: StageContext

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TOY = str(ROOT / "configs" / "toy.yaml")
 REAL = str(ROOT / "configs" / "qwen3vl-8b-to-2b.yaml")
 COMMANDS = ("check", "run", "data", "teacher", "distill", "quantize", "release", "evaluate")
+RECORD = "teacher_outputs={}"
 FIT = "teacher_fit={training: {steps: 3, row_tokens: 1024, rows_per_step: 4}}"
 
 Cli = Callable[..., tuple[int, str, str]]
@@ -321,7 +322,16 @@ def test_run_again_keeps_everything(cli: Cli, stages: Scored, to: tuple[str, str
     [
         (["data"], ["world", "data"]),
         (["teacher", "-s", FIT], ["world", "data", "teacher"]),
+        (["teacher", "-s", RECORD], ["world", "data", "teacher-outputs"]),
         (["distill"], ["world", "data", "bf16"]),
+        (
+            ["distill", "-s", RECORD, "-s", FIT],
+            ["world", "data", "teacher", "teacher-outputs", "bf16"],
+        ),
+        (
+            ["quantize", "--variant", "w4", "-s", RECORD],
+            ["world", "data", "teacher-outputs", "bf16", "w4"],
+        ),
         (["quantize", "--variant", "w4"], ["world", "data", "bf16", "w4"]),
         (["quantize"], ["world", "data", "bf16", "w8", "w4"]),
         (

@@ -210,6 +210,10 @@ COMBINATIONS = [
     ("quantize.variants", {"quantize.variants": ["w4", "w8", "w4"]}),
     ("evaluation.benchmarks", {"evaluation.benchmarks": ["toy-yesno"] * 2}),
     ("quantize.group_size", {"quantize.group_size": 100}),
+    (
+        "teacher_outputs: outputs are recorded for one temperature",
+        {"teacher_outputs": {}, "quantize.objective": {"distillation": {"temperature": 3}}},
+    ),
     ("teacher_fit.objective", {"teacher_fit.objective": {}}),
     ("distill.training: its length is given twice", {"distill.training.epochs": 1}),
     ("quantize.training: its length is missing", {"quantize.training.steps": None}),

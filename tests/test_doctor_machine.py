@@ -111,6 +111,18 @@ def test_the_memory_of_the_state_is_that_of_the_zero_paper(
     assert found[0].teacher == 2000
 
 
+def test_students_of_recorded_outputs_need_no_room_for_the_teacher() -> None:
+    config = toy("teacher_outputs={}")
+    teacher = Checkpoint(config.models.student, None, listed_parameters=1000)
+    student = Checkpoint(config.models.student, None, listed_parameters=100)
+    found = needs(config, teacher, student)
+    assert found is not None
+    assert [(need.stage, need.teacher) for need in found] == [
+        *(("teacher-outputs", 2000), ("bf16", 0), ("w8", 0), ("w4", 0)),
+    ]
+    assert found[0].state == 0
+
+
 @pytest.mark.parametrize(("zero_stage", "kept"), [(0, 0), (1, 1), (2, 1), (3, 0)])
 def test_quantized_weights_are_counted_where_they_are_kept(zero_stage: int, kept: int) -> None:
     config = toy(*(f"{part}.training.zero_stage={zero_stage}" for part in ("distill", "quantize")))

@@ -389,6 +389,15 @@ def test_a_fitted_teacher_teaches_and_is_scored(stages: StandIns, overrides: lis
     assert rows["teacher"].artifact().manifest.parents["model"].kind == "teacher"
 
 
+def test_students_learn_from_recorded_outputs(stages: StandIns, overrides: list[str]) -> None:
+    models = quantize("configs/toy.yaml", [*overrides, "teacher_outputs={}"], variants=["w4"])
+    assert stages.made == ["world", "data", "teacher-outputs", "bf16", "w4"]
+    parents = [models[label].artifact().manifest.parents for label in ("bf16", "w4")]
+    assert [of_model["teacher"].kind for of_model in parents] == ["teacher-outputs"] * 2
+    assert parents[0]["teacher"] == parents[1]["teacher"]
+    assert distill("configs/toy.yaml", [*overrides, "teacher_outputs={}"]).reused
+
+
 def test_a_scheduled_run_works_only_when_there_is_something_new(
     stages: StandIns, overrides: list[str], tmp_path: Path
 ) -> None:

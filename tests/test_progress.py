@@ -118,6 +118,10 @@ def test_the_way_to_each_goal(tmp_path: Path) -> None:
         *("world", "data", "teacher", "bf16", "w4", "release-bf16", "release-w4"),
         *("evaluate-teacher", "evaluate-baseline", "evaluate-bf16", "evaluate-w4", "publish"),
     ]
+    recorded = config_at(tmp_path, "teacher_outputs={}", "quantize.variants=[w4]", FIT)
+    assert planned_stages(recorded, "quantize") == [
+        *("world", "data", "teacher", "teacher-outputs", "bf16", "w4"),
+    ]
     plain = config_at(tmp_path, "data.source={kind: sharegpt4v, annotations: [a.json], root: /r}")
     assert planned_stages(plain, "distill") == ["data", "bf16"]
 

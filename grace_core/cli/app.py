@@ -139,9 +139,13 @@ def data(config: ConfigFile, settings: Settings = None) -> None:
 
 @app.command(rich_help_panel=_STAGE)
 def teacher(config: ConfigFile, settings: Settings = None) -> None:
-    """Fit the teacher to the data (where the configuration has a section teacher_fit)."""
+    """Fit the teacher to the data, and record what it says of them (sections teacher_fit and
+    teacher_outputs)."""
     with _chain(config, settings, "teacher") as chain:
-        _show_metrics({"teacher": chain.teacher()})
+        made = {} if chain.config.teacher_fit is None else {"teacher": chain.teacher()}
+        if chain.config.records_teacher:
+            made["teacher-outputs"] = chain.teacher_outputs()
+        _show_metrics(made or {"teacher": chain.teacher()})
 
 
 @app.command(rich_help_panel=_STAGE)

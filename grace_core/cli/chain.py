@@ -54,12 +54,19 @@ class Chain:
         data = self.data()
         return self._once("teacher", lambda: stages.fit_teacher(self.config, data, self._context))
 
-    def bf16(self) -> Artifact:
+    def teacher_outputs(self) -> Artifact:
         data, teacher = self.data(), self._fitted_teacher()
+        return self._once(
+            "teacher-outputs",
+            lambda: stages.record_teacher(self.config, data, teacher, self._context),
+        )
+
+    def bf16(self) -> Artifact:
+        data, teacher = self.data(), self._teaching()
         return self._once("bf16", lambda: stages.distill(self.config, data, teacher, self._context))
 
     def quantized(self, precision: Precision) -> Artifact:
-        data, teacher, bf16 = self.data(), self._fitted_teacher(), self.bf16()
+        data, teacher, bf16 = self.data(), self._teaching(), self.bf16()
         return self._once(
             precision,
             lambda: stages.quantize(self.config, precision, data, teacher, bf16, self._context),
@@ -89,6 +96,10 @@ class Chain:
 
     def _fitted_teacher(self) -> Artifact | None:
         return None if self.config.teacher_fit is None else self.teacher()
+
+    def _teaching(self) -> Artifact | None:
+        """What students learn from: recorded outputs, a fitted teacher, or None for the given."""
+        return self.teacher_outputs() if self.config.records_teacher else self._fitted_teacher()
 
     def _release(self, label: str, model: Artifact) -> Artifact:
         return self._once(

@@ -73,7 +73,7 @@ def kubernetes(
     job = plan.job
     if plan.artifact.is_dir() or job.result.is_dir():
         raise GraceError(f"stage {stage} is trained already; continue with `grace run {config}`")
-    teacher = [] if job.teacher is None else [job.teacher]
+    teacher = [path for path in (job.teacher, job.teacher_outputs) if path is not None]
     needed = [path.absolute() for path in (job.work, job.data, job.student, *teacher)]
     pods = Pods(
         image,
@@ -96,6 +96,7 @@ def kubernetes(
         "data": job.data.absolute(),
         "student": job.student.absolute(),
         "teacher": None if job.teacher is None else job.teacher.absolute(),
+        "teacher_outputs": None if job.teacher_outputs is None else job.teacher_outputs.absolute(),
     }
     written = write_job(job.model_copy(update=absolute))
     assert written == file, "the manifest names the file that is written"
@@ -115,6 +116,8 @@ def _planned(config: GraceConfig, stage: TrainingStageName) -> TrainingPlan:
             raise GraceError("the configuration has no section teacher_fit, and fits no teacher")
         return plan_teacher(config, data)
     teacher = stages.fit_teacher(config, data, done) if config.teacher_fit else None
+    if config.records_teacher:
+        teacher = stages.record_teacher(config, data, teacher, done)
     if stage == "bf16":
         return plan_bf16(config, data, teacher)
     bf16 = stages.distill(config, data, teacher, done)

@@ -25,13 +25,15 @@ def remake(plan: Plan, observer: Observer) -> dict[str, Artifact]:
 
 def _make(plan: Plan, stage: str, made: dict[str, Artifact], context: StageContext) -> Artifact:
     config = plan.configs[stage]
-    teacher = made.get("teacher")
+    teacher = made.get("teacher-outputs", made.get("teacher"))
     if stage == "world":
         return stages.generate_world(config, context)
     if stage == "data":
         return stages.prepare_data(config, context)
     if stage == "teacher":
         return stages.fit_teacher(config, made["data"], context)
+    if stage == "teacher-outputs":
+        return stages.record_teacher(config, made["data"], teacher, context)
     if stage == "bf16":
         return stages.distill(config, made["data"], teacher, context)
     if stage.startswith("release-"):

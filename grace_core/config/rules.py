@@ -110,6 +110,19 @@ def _teacher_has_no_teacher(config: GraceConfig) -> Iterator[str]:
         )
 
 
+def _one_temperature_of_recorded_outputs(config: GraceConfig) -> Iterator[str]:
+    if config.teacher_outputs is None:
+        return
+    learners = (config.distill.objective.distillation, config.quantize.objective.distillation)
+    first, second = learners
+    if first.kind != "none" and second.kind != "none" and first.temperature != second.temperature:
+        yield (
+            "teacher_outputs: outputs are recorded for one temperature, but "
+            f"distill.objective.distillation.temperature is {first.temperature:g} and quantize's "
+            f"{second.temperature:g}; make them equal, or leave teacher_outputs out"
+        )
+
+
 def _one_machine_without_a_scheduler(config: GraceConfig) -> Iterator[str]:
     if config.launch.backend.kind == "local" and config.launch.nodes > 1:
         yield (
@@ -240,6 +253,7 @@ _RULES: tuple[Rule, ...] = (
     _benchmarks_once,
     _group_size_divides_widths,
     _teacher_has_no_teacher,
+    _one_temperature_of_recorded_outputs,
     _one_machine_without_a_scheduler,
     _time_to_be_warned,
     _options_of_the_launcher,

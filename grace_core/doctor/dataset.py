@@ -7,12 +7,16 @@ import os
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from grace_core.config.load import require_environment
 from grace_core.config.model import GraceConfig, ShareGPT4VData
 from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.doctor.findings import Finding, ok, problem, warning
 from grace_core.errors import GraceError
+
+if TYPE_CHECKING:
+    from grace_core.data.sharegpt4v import RawRecord
 
 AREA = "data"
 SAMPLE = 20
@@ -127,26 +131,49 @@ def estimated_size(source: ShareGPT4VData) -> float:
     """Bytes of the prepared data, from the first records of each file: the pictures as they are,
     and about as much for tokens and labels as twice the text. 0 where nothing can be read."""
     from grace_core.data.pictures import resolve_picture
-    from grace_core.data.sharegpt4v import UnusableRecord, parse_record, read_records
+    from grace_core.data.sharegpt4v import UnusableRecord, parse_record
 
-    root, files = _places(source)
-    left = float("inf") if source.limit is None else float(source.limit)
+    root, _ = _places(source)
     size = 0.0
-    for file in files:
-        texts, pictures = [], 0
-        try:
-            for raw in islice(read_records([file]), SAMPLE):
-                texts.append(len(json.dumps(raw.value, ensure_ascii=False).encode()))
-                try:
-                    paths = [resolve_picture(root, name) for name in parse_record(raw).images]
-                except UnusableRecord:
-                    continue  # goes to quarantine, which is text alone
-                pictures += sum(path.stat().st_size for path in paths)
-        except GraceError:
-            continue  # told by `check_data`
-        if not texts:
-            continue
-        records = min(left, file.stat().st_size / (sum(texts) / len(texts)))
-        size += records * (pictures + 2 * sum(texts)) / len(texts)
-        left -= records
+    for records, sample in _first_records(source):
+        texts, pictures = 0, 0
+        for raw in sample:
+            texts += _text_bytes(raw)
+            try:
+                paths = [resolve_picture(root, name) for name in parse_record(raw).images]
+            except UnusableRecord:
+                continue  # goes to quarantine, which is text alone
+            pictures += sum(path.stat().st_size for path in paths)
+        size += records * (pictures + 2 * texts) / len(sample)
     return size
+
+
+def estimated_text(source: ShareGPT4VData) -> tuple[float, float]:
+    """Records, and bytes of their text, likewise."""
+    amounts = [
+        (records, records * sum(map(_text_bytes, sample)) / len(sample))
+        for records, sample in _first_records(source)
+    ]
+    return sum(records for records, _ in amounts), sum(text for _, text in amounts)
+
+
+def _first_records(source: ShareGPT4VData) -> Iterator[tuple[float, list[RawRecord]]]:
+    """Of each file that can be read (`check_data` tells of others): about how many records are
+    used of it, and the first ones."""
+    from grace_core.data.sharegpt4v import read_records
+
+    left = float("inf") if source.limit is None else float(source.limit)
+    for file in _places(source)[1]:
+        try:
+            sample = list(islice(read_records([file]), SAMPLE))
+        except GraceError:
+            continue
+        if sample:
+            mean = sum(map(_text_bytes, sample)) / len(sample)
+            records = min(left, file.stat().st_size / mean)
+            left -= records
+            yield records, sample
+
+
+def _text_bytes(raw: RawRecord) -> int:
+    return len(json.dumps(raw.value, ensure_ascii=False).encode())

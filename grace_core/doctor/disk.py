@@ -9,9 +9,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from grace_core.config.model import BITS, DirectoryDestination, GraceConfig, ToyData
+from grace_core.config.model import (
+    BITS,
+    DirectoryDestination,
+    GraceConfig,
+    TeacherOutputs,
+    ToyData,
+)
 from grace_core.doctor.checkpoints import Checkpoint
-from grace_core.doctor.dataset import estimated_size
+from grace_core.doctor.dataset import estimated_size, estimated_text
 from grace_core.doctor.findings import Finding, ok, problem, unchecked, warning
 from grace_core.doctor.memory import (
     OPTIMIZER_BYTES,
@@ -30,6 +36,11 @@ _OTHER_BYTES = 50_000_000
 _MARGIN = 1.2
 _SCALE_BYTES = 2  # a released scale is bf16
 _THETA_BYTES = 4  # a trained one is fp32
+_ID_BYTES, _LOGIT_BYTES, _GRAM_BYTES = 4, 2, 2
+_TOKEN_BYTES = 10  # the target's logit, the tail and the gate
+_BYTES_A_TOKEN = 4  # of English text
+_TOY_TOKENS = 20  # supervised of a record; measured: TOYMEASURED
+_PIXELS_A_TOKEN = 28**2  # of models that do not say
 _LOCAL = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "tmpfs", "ramfs", "overlay", "f2fs"}
 
 
@@ -64,7 +75,8 @@ def parts(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> list
         one = model.parameters * (WEIGHT_BYTES + copies * OPTIMIZER_BYTES) + scales * 12
         checkpoints = max(checkpoints, (training.keep_checkpoints + 1) * one)
         size = model.parameters * WEIGHT_BYTES + scales * _THETA_BYTES
-        found.append(Part(f"trained {stage}", size, f"artifacts/{stage}-*", 20))
+        # Ends of folders' names are hexadecimal, so `teacher-outputs` is another stage's.
+        found.append(Part(f"trained {stage}", size, f"artifacts/{stage}-[0-9a-f]*", 20))
     releases = _releases(config, student)
     found.insert(0, Part("checkpoints", checkpoints, "work/*/checkpoints", 100))
     found += releases
@@ -74,6 +86,8 @@ def parts(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> list
             size = sum(part.size for part in releases)
             found.append(Part("published", size, destination.path, 50))
     found.append(_data(config))
+    if config.teacher_outputs is not None and config.records_teacher:
+        found.append(_recorded(config, config.teacher_outputs, student))
     found.append(Part("logs and scores", _OTHER_BYTES, "work/*/logs", _OTHER_FILES))
     return found
 
@@ -96,6 +110,21 @@ def _data(config: GraceConfig) -> Part:
         size, files = source.records * _TOY_RECORD, source.records + _BENCHMARK_FILES
         return Part("data", float(size), "artifacts/[wd][oa][rt][la]*", files)
     return Part("data", estimated_size(source), "artifacts/data-*", _BENCHMARK_FILES)
+
+
+def _recorded(config: GraceConfig, outputs: TeacherOutputs, student: Checkpoint) -> Part:
+    """The teacher's outputs, if all text is supervised and every picture as large as may be."""
+    source = config.data.source
+    if isinstance(source, ToyData):
+        records, tokens = float(source.records), float(source.records * _TOY_TOKENS)
+    else:
+        records, text = estimated_text(source)
+        tokens = text / _BYTES_A_TOKEN
+    visual = config.data.max_pixels / (student.pixels_per_token or _PIXELS_A_TOKEN)
+    a_token = outputs.top_k * (_ID_BYTES + _LOGIT_BYTES) + _TOKEN_BYTES
+    size = tokens * a_token + records * visual * (visual + 1) / 2 * _GRAM_BYTES
+    files = 2 + int(records / outputs.shard_samples)
+    return Part("teacher outputs", size, "artifacts/teacher-outputs-*", files)
 
 
 def check_disk(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> Iterator[Finding]:

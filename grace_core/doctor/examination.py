@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from grace_core.artifacts import stage_folders
 from grace_core.config.model import GraceConfig, SlurmLaunch
 from grace_core.doctor.checkpoints import Checkpoint, read_checkpoint
 from grace_core.doctor.dataset import check_data
@@ -68,4 +69,4 @@ def _is_there(config: GraceConfig, stage: str) -> bool:
     Which settings it was made with shows only when the stage itself compares fingerprints, for
     which it reads every weight.
     """
-    return any((config.run_dir / "artifacts").glob(f"{stage}-*"))
+    return bool(stage_folders(config.run_dir / "artifacts", stage))

@@ -48,11 +48,19 @@ def trained_checkpoint(stage: str, teacher: Checkpoint, student: Checkpoint) -> 
 
 
 def needs(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> list[Need] | None:
-    """One need a training stage; None where a model's size is not known."""
+    """One need a training stage, and one of the stage in which the teacher's outputs are recorded:
+    it has no state, and the students' trainings then have no teacher. None where a model's size is
+    not known."""
     found = []
+    if config.records_teacher:
+        if teacher.parameters is None:
+            return None
+        found.append(Need("teacher-outputs", 0.0, teacher.parameters * WEIGHT_BYTES))
     for stage, section in training_stages(config).items():
         weights = trained_checkpoint(stage, teacher, student).parameters
-        taught = teacher.parameters if section.objective.needs_teacher else 0
+        taught = teacher.parameters
+        if config.records_teacher or not section.objective.needs_teacher:
+            taught = 0
         if weights is None or taught is None:
             return None
         zero_stage = section.training.zero_stage

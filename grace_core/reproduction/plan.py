@@ -23,7 +23,7 @@ from grace_core.whole_files import write_whole
 
 MARKER = "reproduction.json"
 """In the run directory: whose reproduction it holds and, at the end, the verdict."""
-_STAGES = ("world", "data", "teacher", "bf16", "w8", "w4")
+_STAGES = ("world", "data", "teacher", "teacher-outputs", "bf16", "w8", "w4")
 _SHORT = 8
 
 

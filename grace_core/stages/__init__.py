@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from grace_core.stages.evaluation import evaluate
     from grace_core.stages.publishing import find_publication, publish
     from grace_core.stages.releasing import release
-    from grace_core.stages.training import distill, fit_teacher, quantize
+    from grace_core.stages.training import distill, fit_teacher, quantize, record_teacher
 
 __all__ = [
     "StageContext",
@@ -34,6 +34,7 @@ __all__ = [
     "prepare_data",
     "publish",
     "quantize",
+    "record_teacher",
     "release",
 ]
 
@@ -42,7 +43,7 @@ _MODULES = {
     "evaluate": "evaluation",
     **dict.fromkeys(("find_publication", "publish"), "publishing"),
     "release": "releasing",
-    **dict.fromkeys(("distill", "fit_teacher", "quantize"), "training"),
+    **dict.fromkeys(("distill", "fit_teacher", "quantize", "record_teacher"), "training"),
 }
 
 

@@ -16,8 +16,10 @@ from grace_core.config.model import GraceConfig, Precision, Quantization, Traini
 from grace_core.data.prepare import TRAIN
 from grace_core.models.loading import CheckpointFolder, locate_checkpoint, read_checkpoint
 from grace_core.stages.once import checkpoint_parent, stage_folder
-from grace_core.training.job import TrainingJob, work_folder
+from grace_core.training.job import RankJob, TeacherJob, TrainingJob, work_folder
 from grace_core.whole_files import write_whole
+
+OUTPUTS_STAGE = "teacher-outputs"
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,16 @@ class TrainingPlan:
     """Folder that the stage's artifact will have."""
 
 
+@dataclass(frozen=True)
+class TeacherPlan:
+    """The stage `teacher-outputs`, its inputs known by digest."""
+
+    stage: str
+    settings: Mapping[str, Any]
+    parents: Mapping[str, Parent]
+    job: TeacherJob
+
+
 def plan_teacher(config: GraceConfig, data: Artifact) -> TrainingPlan:
     """Stage `teacher`."""
     assert config.teacher_fit is not None, "the configuration fits no teacher"
@@ -41,14 +53,55 @@ def plan_teacher(config: GraceConfig, data: Artifact) -> TrainingPlan:
     return _plan(config, "teacher", config.teacher_fit, start, None, data, parents)
 
 
+def plan_teacher_outputs(
+    config: GraceConfig, data: Artifact, teacher: Artifact | None
+) -> TeacherPlan:
+    """Stage `teacher-outputs`; teacher: the fitted one, or None for the configuration's checkpoint.
+
+    How rows are packed and computed is taken from `distill.training`. It is no part of the
+    fingerprint: outputs are of samples, and differ by roundings at most.
+    """
+    outputs = config.teacher_outputs
+    assert outputs is not None, "the configuration records no teacher"
+    folder, parent = _teacher(config, teacher)
+    parents = {"teacher": parent, "data": data.as_parent()}
+    # Objectives without distillation read no logits; the others agree by a rule.
+    distils = (s.objective.distillation for s in (config.distill, config.quantize))
+    temperatures = [d.temperature for d in distils if d.kind != "none"]
+    temperature = temperatures[0] if temperatures else 1.0
+    settings = {
+        "outputs": outputs.model_dump(mode="json"),
+        "temperature": temperature,
+        "pixels": [config.data.min_pixels, config.data.max_pixels],
+    }
+    artifact = stage_folder(config, OUTPUTS_STAGE, fingerprint(OUTPUTS_STAGE, settings, parents))
+    job = TeacherJob(
+        stage=OUTPUTS_STAGE,
+        teacher=folder.path,
+        student=locate_checkpoint(config.models.student).path,
+        data=data.path / TRAIN,
+        min_pixels=config.data.min_pixels,
+        max_pixels=config.data.max_pixels,
+        outputs=outputs,
+        temperature=temperature,
+        training=config.distill.training,
+        device=config.launch.device,
+        work=work_folder(config.run_dir, artifact),
+    )
+    return TeacherPlan(OUTPUTS_STAGE, settings, parents, job)
+
+
 def plan_bf16(config: GraceConfig, data: Artifact, teacher: Artifact | None) -> TrainingPlan:
-    """Stage `bf16`; teacher: the fitted one, or None for the checkpoint of the configuration."""
+    """Stage `bf16`.
+
+    teacher: the fitted one or its recorded outputs, or None for the configuration's checkpoint.
+    """
     start = locate_checkpoint(config.models.student)
     parents = {"student": checkpoint_parent(start), "data": data.as_parent()}
-    folder = None
+    teaching = None
     if config.distill.objective.needs_teacher:
-        folder, parents["teacher"] = _teacher(config, teacher)
-    return _plan(config, "bf16", config.distill, start, folder, data, parents)
+        teaching, parents["teacher"] = _teaching(config, teacher)
+    return _plan(config, "bf16", config.distill, start, teaching, data, parents)
 
 
 def plan_quantized(
@@ -58,16 +111,16 @@ def plan_quantized(
     teacher: Artifact | None,
     bf16: Artifact,
 ) -> TrainingPlan:
-    """Stages `w8` and `w4`."""
+    """Stages `w8` and `w4`; teacher: as for `plan_bf16`."""
     start = read_checkpoint(bf16.path / "model")
     parents = {"student": bf16.as_parent(), "data": data.as_parent()}
-    folder = None
+    teaching = None
     if config.quantize.objective.needs_teacher:
-        folder, parents["teacher"] = _teacher(config, teacher)
-    return _plan(config, precision, config.quantize, start, folder, data, parents, precision)
+        teaching, parents["teacher"] = _teaching(config, teacher)
+    return _plan(config, precision, config.quantize, start, teaching, data, parents, precision)
 
 
-def write_job(job: TrainingJob) -> Path:
+def write_job(job: RankJob) -> Path:
     """Write what the ranks read, and return the file."""
     job.work.mkdir(parents=True, exist_ok=True)
     file = job.work / "job.json"
@@ -80,7 +133,7 @@ def _plan(
     stage: str,
     section: TrainingStage,
     student: CheckpointFolder,
-    teacher: CheckpointFolder | None,
+    teaching: _Teaching | None,
     data: Artifact,
     parents: Mapping[str, Parent],
     precision: Precision | None = None,
@@ -100,7 +153,8 @@ def _plan(
         training=section.training,
         objective=section.objective,
         student=student.path,
-        teacher=None if teacher is None else teacher.path,
+        teacher=teaching.model if teaching else None,
+        teacher_outputs=teaching.outputs if teaching else None,
         data=data.path / TRAIN,
         min_pixels=config.data.min_pixels,
         max_pixels=config.data.max_pixels,
@@ -111,6 +165,21 @@ def _plan(
         work=work_folder(config.run_dir, artifact),
     )
     return TrainingPlan(stage, settings, parents, job, artifact)
+
+
+@dataclass(frozen=True)
+class _Teaching:
+    """Where a student's teacher is: a checkpoint, or its recorded outputs."""
+
+    model: Path | None = None
+    outputs: Path | None = None
+
+
+def _teaching(config: GraceConfig, teacher: Artifact | None) -> tuple[_Teaching, Parent]:
+    if teacher is not None and teacher.manifest.stage == OUTPUTS_STAGE:
+        return _Teaching(outputs=teacher.path / "outputs"), teacher.as_parent()
+    folder, parent = _teacher(config, teacher)
+    return _Teaching(model=folder.path), parent
 
 
 def _teacher(config: GraceConfig, fitted: Artifact | None) -> tuple[CheckpointFolder, Parent]:

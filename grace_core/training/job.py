@@ -79,6 +79,11 @@ class TrainingJob(RankJob):
         return self.work / "checkpoints"
 
     @property
+    def kept(self) -> Path:
+        """What a stopped run continues from."""
+        return self.checkpoints
+
+    @property
     def result(self) -> Path:
         """Where the trained checkpoint lies once the job is done."""
         return self.work / "trained"
@@ -100,6 +105,11 @@ class TeacherJob(RankJob):
     def shards(self) -> Path:
         """Shards that are whole, while others are made."""
         return self.work / "shards"
+
+    @property
+    def kept(self) -> Path:
+        """What a stopped run continues from."""
+        return self.shards
 
     @property
     def result(self) -> Path:

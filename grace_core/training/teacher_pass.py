@@ -50,7 +50,10 @@ def record_outputs(job: TeacherJob, device: torch.device, stop: StopSignal) -> b
     """
     teacher_pass = TeacherPass(job, device)
     if not teacher_pass.run(stop):
-        log.warning("stopped by signal; whole shards stay, the others are made by the next run")
+        log.warning(
+            "stopped by signal after step %d; whole shards stay, the next run makes the others",
+            teacher_pass.done,
+        )
         return False
     dist.barrier()
     if dist.get_rank() == 0:
@@ -166,19 +169,20 @@ class TeacherPass:
         return rows
 
     def _events(self) -> EventWriter:
-        truncate_after(self.job.metrics, self._done)
+        truncate_after(self.job.metrics, self.done)
         events = EventWriter(self.job.metrics)
-        if self._done:
+        if self.done:
             self._report(events, "resume")
         return events
 
     def _report(self, events: EventWriter, kind: str) -> None:
-        """Samples of all ranks whose shards are whole; the steps of these events are samples."""
+        """The steps of these events are samples."""
         total = float(len(self.lengths))
-        values = {"steps": total} if kind == "resume" else {"done": self._done, "total": total}
-        events.write(Event(time.time(), self.job.stage, self._done, kind, values))
+        values = {"steps": total} if kind == "resume" else {"done": self.done, "total": total}
+        events.write(Event(time.time(), self.job.stage, self.done, kind, values))
 
     @property
-    def _done(self) -> int:
+    def done(self) -> int:
+        """Samples of all ranks whose shards are whole."""
         whole = sum(shard_file(self.job.shards, number).exists() for number in range(self.shards))
         return min(whole * self.job.outputs.shard_samples, len(self.lengths))

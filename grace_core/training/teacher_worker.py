@@ -1,6 +1,8 @@
 """Entry point of one process of the teacher's pass over a data set, started by torchrun.
 
-torchrun --standalone --nproc-per-node 2 -m grace_core.training.teacher_worker JOB.json
+    torchrun --standalone --nproc-per-node 2 -m grace_core.training.teacher_worker JOB.json
+
+Exit codes: :func:`grace_core.training.ranks.run_rank`.
 """
 
 from __future__ import annotations

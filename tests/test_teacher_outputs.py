@@ -1,0 +1,280 @@
+"""The teacher's recorded outputs: made by any number of ranks, after any death, and read back."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from grace_core.config.model import Objective, TeacherOutputs, Training
+from grace_core.errors import GraceError
+from grace_core.events import read_events
+from grace_core.losses.fused_head import supervised_head
+from grace_core.losses.objective import (
+    GlobalCounts,
+    StudentObjective,
+    TermWeights,
+    recorded_teacher_row,
+)
+from grace_core.models.loading import load_model, read_checkpoint
+from grace_core.models.visual_inputs import VisualInputs
+from grace_core.training import teacher_outputs as storage
+from grace_core.training.job import TeacherJob
+from grace_core.training.planned_rows import PlannedRows, RankPlan, RecordedRow, row_loader
+from grace_core.training.stopping import StopSignal
+from grace_core.training.teacher_outputs import INDEX, shard_file
+from grace_core.training.teacher_pass import TeacherPass, record_outputs
+from tests.objective_oracle import opinionated, step_terms
+from tests.prepared_rows import prepared_row, write_prepared
+from tests.tiny_models import FAMILIES, save_tiny
+
+ROOT = Path(__file__).resolve().parent.parent
+CPU = torch.device("cpu")
+SAMPLES, SHARD = 11, 3
+SHARDS = 4
+ALL = 10**6
+"""Keep all logits: then distillation is the exact one."""
+
+
+@dataclass
+class World:
+    root: Path
+    rows: list[dict[str, Any]]
+    whole: Path
+    """Outputs made in one go by one rank."""
+
+    def job(self, name: str, *, top_k: int = 16, data_workers: int = 0) -> TeacherJob:
+        return TeacherJob(
+            stage="teacher-outputs",
+            teacher=self.root / "teacher",
+            student=self.root / "student",
+            data=self.root / "data",
+            min_pixels=512,
+            max_pixels=16384,
+            outputs=TeacherOutputs(top_k=top_k, shard_samples=SHARD),
+            temperature=2.0,
+            training=Training(steps=1, row_tokens=40, data_workers=data_workers),
+            device="cpu",
+            work=self.root / "work" / name,
+        )
+
+
+@pytest.fixture(scope="module")
+def alone() -> Iterator[None]:
+    """A process group of this process alone."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, alone: None) -> World:
+    root = tmp_path_factory.mktemp("outputs")
+    teacher = opinionated(FAMILIES["qwen3_vl"](seed=21, hidden=256))
+    student = opinionated(FAMILIES["qwen3_vl"](seed=22))
+    save_tiny(teacher, root / "teacher")
+    save_tiny(student, root / "student")
+    rows = [prepared_row(student, i, pictures=i % 3) for i in range(SAMPLES)]
+    write_prepared(root / "data", rows)
+    made = World(root, rows, root / "work" / "whole" / "outputs")
+    assert record_outputs(made.job("whole"), CPU, StopSignal())
+    return made
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def start(world: World, job: TeacherJob, rank: int, ranks: int, *more: str) -> Any:
+    job.work.mkdir(parents=True, exist_ok=True)
+    file = job.work / "job.json"
+    file.write_text(job.model_dump_json(), encoding="utf-8")
+    arguments = [str(file), str(job.work / f"store-{ranks}"), str(rank), str(ranks), *more]
+    return subprocess.Popen(
+        [sys.executable, "-m", "tests.teacher_pass_process", *arguments], cwd=ROOT
+    )
+
+
+def reader(folder: Path, **changed: Any) -> storage.TeacherOutputs:
+    return storage.TeacherOutputs(folder, **({"samples": SAMPLES, "temperature": 2.0} | changed))
+
+
+def test_everything_is_there(world: World) -> None:
+    assert sorted(content(world.whole)) == [
+        INDEX,
+        *(shard_file(world.whole, number).name for number in range(SHARDS)),
+    ]
+    index = storage.read_index(world.whole)
+    assert index.samples == SAMPLES
+    assert index.tokens == sum(row["num_tokens"] for row in world.rows)
+    assert index.supervised == sum(row["num_supervised"] for row in world.rows)
+    assert index.pictures == sum(len(row["images"]) for row in world.rows)
+    events = read_events(world.root / "work" / "whole" / "metrics.jsonl")
+    assert [event.values["done"] for event in events] == [3, 6, 9, 11]
+    assert {event.values["total"] for event in events} == {SAMPLES}
+
+
+@pytest.mark.slow
+def test_two_ranks_make_the_same_files(world: World) -> None:
+    job = world.job("two", data_workers=1)
+    ranks = [start(world, job, rank, 2) for rank in range(2)]
+    assert [rank.wait(240) for rank in ranks] == [0, 0]
+    assert content(job.result) == content(world.whole)
+
+
+@pytest.mark.slow
+def test_a_killed_pass_goes_on_with_what_is_missing(world: World) -> None:
+    job = world.job("killed")
+    assert start(world, job, 0, 1, "2").wait(240) == -signal.SIGKILL
+    assert not job.result.exists()
+    left = {file.name for file in job.shards.glob("shard-*")}
+    assert left == {shard_file(job.shards, number).name for number in range(2)}
+    assert list(job.shards.glob(".shard-*")), "it died while it was writing"
+    written = {file.name: file.stat().st_mtime_ns for file in job.shards.glob("shard-*")}
+
+    assert record_outputs(job, CPU, StopSignal())
+    for name, moment in written.items():
+        assert (job.result / name).stat().st_mtime_ns == moment, "made again"
+    assert content(job.result) == content(world.whole)
+    kinds = [(event.kind, event.step) for event in read_events(job.metrics)]
+    assert kinds == [("progress", 3), ("progress", 6), ("resume", 6), *progress(9, 11)]
+
+
+def progress(*steps: int) -> list[tuple[str, int]]:
+    return [("progress", step) for step in steps]
+
+
+def test_a_stop_leaves_whole_shards_and_no_result(world: World) -> None:
+    job = world.job("stopped")
+    stop = StopSignal()
+    stop._receive(signal.SIGTERM, None)
+    assert not record_outputs(job, CPU, stop)
+    assert not job.result.exists() and not list(job.shards.iterdir())
+
+
+def test_loader_processes_change_nothing(world: World) -> None:
+    job = world.job("workers", data_workers=2)
+    assert record_outputs(job, CPU, StopSignal())
+    assert content(job.result) == content(world.whole)
+
+
+def test_samples_come_in_the_order_asked_for(world: World) -> None:
+    outputs = reader(world.whole)
+    order = [7, 0, 10, 3]
+    rows, relations = outputs.of_samples(order)
+    assert len(rows) == sum(world.rows[i]["num_supervised"] for i in order)
+    assert len(relations) == sum(len(world.rows[i]["images"]) for i in order)
+    first = 0
+    for sample in order:
+        alone, _ = outputs.of_samples([sample])
+        part = rows.part(slice(first, first + len(alone)))
+        for name, value in vars(alone).items():
+            assert torch.equal(getattr(part, name), value), name
+        first += len(alone)
+
+
+def test_other_data_or_another_temperature_are_refused(world: World, tmp_path: Path) -> None:
+    with pytest.raises(GraceError, match="outputs of 11 samples, the data have 12"):
+        reader(world.whole, samples=12)
+    with pytest.raises(GraceError, match="temperature 2, the objective has 3"):
+        reader(world.whole, temperature=3.0)
+    reader(world.whole, temperature=None)
+    with pytest.raises(GraceError, match="no teacher outputs of this version"):
+        reader(tmp_path)
+    shutil.copy(world.whole / INDEX, tmp_path)
+    (tmp_path / INDEX).write_text("{}", encoding="utf-8")
+    with pytest.raises(GraceError, match="run the stage teacher-outputs again"):
+        reader(tmp_path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_rows_bring_the_outputs_of_their_samples(world: World, workers: int) -> None:
+    teacher_pass = TeacherPass(world.job("rows"), CPU)
+    outputs = reader(world.whole)
+    plan = [[4, 1], [0, 5, 2]]
+    rows = PlannedRows(teacher_pass.data, teacher_pass.visual, plan, outputs)
+    for samples, row in zip(plan, row_loader(rows, workers, CPU), strict=True):
+        assert isinstance(row, RecordedRow) and row.record_indexes == samples
+        expected, relations = outputs.of_samples(samples)
+        moved = row.to(CPU)
+        assert isinstance(moved, RecordedRow)
+        assert torch.equal(moved.outputs.rows.ids, expected.ids)
+        for found, one in zip(moved.outputs.relations, relations, strict=True):
+            assert torch.equal(found.centred, one.centred)
+
+
+def test_ranks_share_the_rows_of_each_step() -> None:
+    def first(rank: int, processes: int, count: int, first_step: int = 0) -> list[list[int]]:
+        plan = RankPlan([5] * 40, 10, 4, 3, first_step, rank, processes)
+        return [samples for _, samples in zip(range(count), plan, strict=False)]
+
+    everything = first(0, 1, 16)
+    assert first(0, 2, 8) == everything[0::2] and first(1, 2, 8) == everything[1::2]
+    assert first(0, 1, 8, first_step=2) == everything[8:]
+
+
+def test_with_all_logits_kept_the_step_is_that_of_the_equations(world: World) -> None:
+    """Outputs recorded in rows of another packing, against float64 sample by sample."""
+    job = world.job("exact", top_k=ALL)
+    teacher_pass = TeacherPass(job, CPU)
+    folder = read_checkpoint(job.teacher)
+    teacher_pass.model = load_model(folder, device=CPU, dtype=torch.float32, attention="packed")
+    teacher_pass.head = supervised_head(teacher_pass.model)
+    assert teacher_pass.run(StopSignal())
+    teacher_pass.finish()
+    outputs = reader(job.result)
+
+    student_folder = read_checkpoint(job.student)
+    visual = VisualInputs(student_folder, min_pixels=512, max_pixels=16384)
+    objective = Objective()
+    exact = step_terms(
+        load_model(student_folder, device=CPU, dtype=torch.float64),
+        load_model(folder, device=CPU, dtype=torch.float64),
+        world.rows,
+        visual,
+        objective.distillation,
+    )
+    student = load_model(student_folder, device=CPU, dtype=torch.float32, attention="packed")
+    module = StudentObjective(student, student_folder.family, objective, logits_bytes=2**20)
+    plan = [[9, 2, 4, 0], [1, 3, 10, 5, 6], [8, 7]]
+    sums: Tensor = torch.zeros(3, dtype=torch.float64)
+    counts = torch.zeros(3, dtype=torch.float64)
+    weights = TermWeights.of(objective, GlobalCounts(1, 1, 1), beta=1.0, omega=1.0)
+    for row in PlannedRows(teacher_pass.data, visual, plan, outputs):
+        assert isinstance(row, RecordedRow)
+        taught = recorded_teacher_row(objective, row.outputs.rows, row.outputs.relations)
+        sums += module(row, taught, weights)[1]
+        counts += torch.tensor(
+            [
+                len(row.labels),
+                float(taught.gates.double().sum()),
+                sum(relation.counts for relation in taught.relations),
+            ]
+        )
+    assert counts.tolist() == pytest.approx([exact.tokens, exact.gates, exact.pictures], rel=1e-5)
+    exact = exact.detached()
+    found = (sums / counts).tolist()
+    expected = [float(exact.cross_entropy), float(exact.distillation)]
+    assert found[:2] == pytest.approx(expected, rel=2e-5)
+    # Pictures of few tokens feel the rounding of their relations most.
+    assert found[2] == pytest.approx(float(exact.relational), abs=1e-4)
+
+
+def test_ablations_leave_out_what_they_do_not_use(world: World) -> None:
+    rows, relations = reader(world.whole).of_samples([1, 2])
+    assert not torch.equal(rows.gates, torch.ones_like(rows.gates)) and relations
+    plain = Objective.model_validate(
+        {"distillation": {"kind": "plain"}, "relational": {"enabled": False}}
+    )
+    taught = recorded_teacher_row(plain, rows, relations)
+    assert torch.equal(taught.gates, torch.ones_like(rows.gates)) and not taught.relations
