@@ -40,6 +40,7 @@ FULL: dict[str, Any] = {
         "held_out_share": 0.1,
     },
     "teacher_fit": {"training": dict(TRAINING)},
+    "teacher_outputs": {"top_k": 64},
     "distill": {
         "training": dict(TRAINING),
         "objective": {

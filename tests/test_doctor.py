@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from grace_core.config import GraceConfig
 from grace_core.config.model import ShareGPT4VData
-from grace_core.doctor.dataset import check_data, estimated_size
+from grace_core.doctor.dataset import check_data, estimated_size, estimated_text
 from grace_core.doctor.examination import examine
 from grace_core.doctor.findings import (
     Finding,
@@ -231,6 +231,8 @@ def test_the_size_of_the_data_is_taken_from_the_first_records(tmp_path: Path) ->
     assert size == pytest.approx(100 * 20_000 + 2 * text, rel=0.02)
     limited = config.data.source.model_copy(update={"limit": 10})
     assert estimated_size(limited) == pytest.approx(size / 10, rel=0.02)
+    assert estimated_text(config.data.source) == pytest.approx((100, text), rel=0.02)
+    assert estimated_text(limited) == pytest.approx((10, text / 10), rel=0.02)
 
 
 def test_a_damaged_file_is_a_problem_and_a_missing_root_too(tmp_path: Path) -> None:

@@ -304,6 +304,24 @@ def test_the_checkpoints_of_a_run_are_as_large_as_the_formula(tmp_path: Path) ->
     assert found[0].size == 4 * student.parameters * (2 + 2 * 12)
 
 
+def test_recorded_outputs_take_the_bytes_of_their_numbers(tmp_path: Path) -> None:
+    config = toy("teacher_outputs={top_k: 100, shard_samples: 600}", "data.max_pixels=25600")
+    teacher, student = models(config)
+    assert student.pixels_per_token == 16**2
+    found = {part.name: part for part in disk.parts(config, teacher, student) or []}
+    # 2400 records: 7 supervised tokens of 100 logits, a Gram of 100 visual tokens.
+    assert found["teacher outputs"].size == 2400 * (7 * (100 * 6 + 10) + 100 * 101)
+    assert found["teacher outputs"].files >= 5
+    outputs = tmp_path / "artifacts" / "teacher-outputs-0123456789ab"
+    outputs.mkdir(parents=True)
+    fit = "teacher_fit={training: {steps: 2, row_tokens: 1024, rows_per_step: 4}}"
+    (outputs / "shard").write_bytes(bytes(5_000_000))
+    assert (
+        "5.0 MB of it is there"
+        in about_disk(toy(f"run_dir={tmp_path}", "teacher_outputs={}", fit))[0].text
+    )
+
+
 def test_a_disk_without_room_for_more_files_is_a_problem(
     tiny_disk: Callable[[str], Path],
 ) -> None:

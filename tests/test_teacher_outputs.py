@@ -278,3 +278,37 @@ def test_ablations_leave_out_what_they_do_not_use(world: World) -> None:
     )
     taught = recorded_teacher_row(plain, rows, relations)
     assert torch.equal(taught.gates, torch.ones_like(rows.gates)) and not taught.relations
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+def test_a_gpu_records_and_learns_the_same_to_rounding(world: World) -> None:
+    device = torch.device("cuda")
+    job = world.job("gpu", data_workers=1)
+    assert record_outputs(job, device, StopSignal())
+    here, there = (reader(made).of_samples(range(SAMPLES)) for made in (job.result, world.whole))
+    torch.testing.assert_close(here[0].gates, there[0].gates, rtol=2e-2, atol=0)
+    both = zip(here[0].ids.tolist(), there[0].ids.tolist(), strict=True)
+    shared = [len(set(of_gpu) & set(of_cpu)) for of_gpu, of_cpu in both]
+    assert sum(shared) > 0.9 * 16 * len(shared)
+
+    folder = read_checkpoint(job.student)
+    visual = VisualInputs(folder, min_pixels=512, max_pixels=16384)
+    data = TeacherPass(world.job("gpu-rows"), CPU).data
+    objective = Objective()
+    weights = TermWeights.of(objective, GlobalCounts(50, 40, 4), beta=0.5, omega=3.0)
+    found = {}
+    for where in (CPU, device):
+        student = load_model(folder, device=where, attention="packed")
+        module = StudentObjective(student, folder.family, objective, logits_bytes=2**20)
+        rows = PlannedRows(data, visual, [[1, 4, 2, 0]], reader(world.whole))
+        (row,) = row_loader(rows, 1, where)
+        row = row.to(where)
+        assert isinstance(row, RecordedRow)
+        taught = recorded_teacher_row(objective, row.outputs.rows, row.outputs.relations)
+        loss, sums = module(row, taught, weights)
+        loss.backward()
+        found[where.type] = sums.cpu(), student.lm_head.weight.grad.float().cpu()
+    torch.testing.assert_close(found["cuda"][0], found["cpu"][0], rtol=2e-2, atol=1e-3)
+    gradients = [found[name][1] for name in ("cuda", "cpu")]
+    difference = torch.linalg.vector_norm(gradients[0] - gradients[1])
+    assert difference < 0.05 * torch.linalg.vector_norm(gradients[1])

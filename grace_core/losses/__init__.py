@@ -9,6 +9,8 @@ Each term is a pure function of plain tensors in its own module:
 - `controller`: beta, once per optimizer step (Eq. 18-20)
 - `supervised_terms`, `fused_head`: the terms of a token with their gradient at once, and with the
   heads that make the logits; `kernels` on a GPU
+- `truncated_teacher`, `truncated_distillation`, `truncated_terms`: the same from what is kept of a
+  recorded teacher's logits; `stored_relation`: what is kept of its pictures
 - `objective`: their weighted sum over an optimizer step
 
 Every term returns values per token or per image, or their sum, never a mean: a mean over one

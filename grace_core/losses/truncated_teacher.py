@@ -15,8 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grace_core.losses.gate import confidence_gate
-from grace_core.losses.kernel_choice import kernels_for
+from grace_core.losses.supervised_terms import gates_of_logits
 
 ABSENT = -1e30
 """In the place of a logit that is summed elsewhere. Finite, because infinities of both models would
@@ -81,8 +80,7 @@ def truncated(
         temperature: T of distillation.
     """
     assert top_k >= 1 and temperature > 0
-    kernels = kernels_for(logits_NV)
-    gates = confidence_gate(logits_NV) if kernels is None else kernels.confidence_gate(logits_NV)
+    gates = gates_of_logits(logits_NV)
     labels_N1 = labels_N[:, None]
     rest_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32), copy=True)
     rest_NV.scatter_(-1, labels_N1, ABSENT)
