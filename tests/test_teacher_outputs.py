@@ -119,6 +119,10 @@ def test_everything_is_there(world: World) -> None:
     assert index.tokens == sum(row["num_tokens"] for row in world.rows)
     assert index.supervised == sum(row["num_supervised"] for row in world.rows)
     assert index.pictures == sum(len(row["images"]) for row in world.rows)
+    rows, _ = reader(world.whole).of_samples(range(SHARD))
+    kept = torch.exp(rows.logits.double() / 2)
+    tail = torch.exp(rows.tails.double() + rows.logits[:, 0].double() / 2)
+    assert index.tail_mass == pytest.approx(float((tail / (tail + kept.sum(-1))).mean()), rel=1e-5)
     events = read_events(world.root / "work" / "whole" / "metrics.jsonl")
     assert [event.values["done"] for event in events] == [3, 6, 9, 11]
     assert {event.values["total"] for event in events} == {SAMPLES}
@@ -233,6 +237,7 @@ def test_with_all_logits_kept_the_step_is_that_of_the_equations(world: World) ->
     assert teacher_pass.run(StopSignal())
     teacher_pass.finish()
     outputs = reader(job.result)
+    assert storage.read_index(job.result).tail_mass == 0
 
     student_folder = read_checkpoint(job.student)
     visual = VisualInputs(student_folder, min_pixels=512, max_pixels=16384)

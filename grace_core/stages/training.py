@@ -54,6 +54,7 @@ def record_teacher(
             "tokens": float(index.tokens),
             "supervised_tokens": float(index.supervised),
             "pictures": float(index.pictures),
+            "tail_mass": index.tail_mass,
             "bytes": float(size),
             "bytes_per_million_tokens": size / index.tokens * 1e6,
         }

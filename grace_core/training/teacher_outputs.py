@@ -43,6 +43,9 @@ class OutputsIndex(BaseModel):
     """Of all samples."""
     supervised: int
     pictures: int
+    tail_mass: float
+    """Share of the teacher's probability at T, the target's left out, that is in no kept logit: the
+    mean over the first shard's supervised tokens."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,12 @@ def write_shard(file: Path, samples: Sequence[SampleOutputs]) -> None:
     with aside.open("rb") as stream:
         os.fsync(stream.fileno())
     os.replace(aside, file)
+
+
+def rows_of_shard(file: Path) -> TruncatedRows:
+    """All supervised tokens of a shard."""
+    with safe_open(file, framework="pt") as content:
+        return TruncatedRows(**{name: content.get_tensor(name) for name in _OF_TOKENS})
 
 
 def write_index(folder: Path, index: OutputsIndex) -> None:

@@ -35,6 +35,7 @@ from grace_core.training.stopping import StopSignal
 from grace_core.training.teacher_outputs import (
     OutputsIndex,
     SampleOutputs,
+    rows_of_shard,
     shard_file,
     write_index,
     write_shard,
@@ -115,6 +116,7 @@ class TeacherPass:
     def finish(self) -> None:
         """Give the folder of all shards the name of the result."""
         outputs = self.job.outputs
+        _, log_q = rows_of_shard(shard_file(self.job.shards, 0)).log_q(self.job.temperature)
         write_index(
             self.job.shards,
             OutputsIndex(
@@ -125,6 +127,7 @@ class TeacherPass:
                 tokens=sum(self.lengths),
                 supervised=sum(self.supervised),
                 pictures=sum(self.pictures),
+                tail_mass=float(log_q[:, -1].exp().double().mean()),
             ),
         )
         shutil.rmtree(self.job.result, ignore_errors=True)
