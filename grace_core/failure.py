@@ -72,7 +72,7 @@ _SIGNS: tuple[tuple[Kind, re.Pattern[str]], ...] = (
     (Kind.DISK_FULL, re.compile(r"No space left on device|Disk quota exceeded")),
     (Kind.TIME_LIMIT, re.compile(r"DUE TO TIME LIMIT")),
     (Kind.KILLED, re.compile(r"signal SIGKILL")),
-    (Kind.STOPPED, re.compile(r"signal SIGTERM|was stopped before its last step")),
+    (Kind.STOPPED, re.compile(r"signal SIGTERM|was stopped before its end")),
 )
 """The first that is found counts."""
 

@@ -10,8 +10,11 @@ import pytest
 from grace_core import stages
 from grace_core.artifacts import Artifact, new_artifact, read_artifact
 from grace_core.config import GraceConfig, load_config
+from grace_core.errors import GraceError
 from grace_core.events import Event, read_events
-from grace_core.stages import StageContext
+from grace_core.failure import Kind, failure_of
+from grace_core.launch.backend import Program
+from grace_core.stages import StageContext, training
 from grace_core.stages.training_plan import plan_bf16, plan_teacher_outputs
 from grace_core.training.job import METRICS
 
@@ -85,6 +88,21 @@ def test_a_training_that_learns_from_outputs_has_no_teacher(in_root: None, tmp_p
     )
     assert "teacher" not in alone.parents
     assert (alone.job.teacher, alone.job.teacher_outputs) == (None, None)
+
+
+def test_a_pass_that_was_told_to_stop_says_how_it_goes_on(
+    in_root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stopped:
+        def run(self, program: Program, *, on_poll: Any) -> None:
+            assert program.module == "grace_core.training.teacher_worker"
+
+    monkeypatch.setattr(training, "backend_of", lambda launch: Stopped())
+    with pytest.raises(GraceError, match=r"continue from what it left in .*shards") as raised:
+        data = prepared(tmp_path / "artifacts" / "data-1")
+        stages.record_teacher(toy(tmp_path, RECORDED), data, None, StageContext())
+    assert failure_of(raised.value, tmp_path, stage="teacher-outputs").kind is Kind.STOPPED
+    assert not list((tmp_path / "artifacts").glob("teacher-outputs-*"))
 
 
 @pytest.mark.slow
