@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from PIL import Image
 from torch import Tensor
 
 from grace_core.config.model import Controller, Distillation, Objective, Relational
+from grace_core.losses import objective as step
 from grace_core.losses.controller import AdaptiveController, FixedBeta
 from grace_core.losses.fused_head import ChunkRows
 from grace_core.losses.objective import (
     GlobalCounts,
     StudentObjective,
+    TeacherRow,
     TermWeights,
     make_controller,
     omega_at,
-    teacher_row,
+    teacher_rows,
 )
 from grace_core.models.families import FAMILIES as SUPPORTED
 from grace_core.models.families import Family, set_trainable
@@ -142,12 +145,9 @@ def run_step(
     student = world.student() if student is None else student
     teacher = world.teacher() if objective.needs_teacher else None
     rows = [packed_row([world.samples[i] for i in row], world.visual) for row in cut]
-    taught = [
-        None
-        if teacher is None
-        else teacher_row(teacher, world.family, objective, row, logits_bytes=logits_bytes)
-        for row in rows
-    ]
+    taught: Sequence[TeacherRow | None] = [None] * len(rows)
+    if teacher is not None:
+        taught = teacher_rows(teacher, world.family, objective, rows, logits_bytes=logits_bytes)
     counts = GlobalCounts(
         tokens=sum(len(row.labels) for row in rows),
         gates=sum(float(t.gates.double().sum()) for t in taught if t is not None),
@@ -211,6 +211,15 @@ def test_the_chunk_of_logits_changes_nothing(qwen: World, chunk: int) -> None:
     found = run_step(qwen, GRACE, CUTS["four rows"], logits_bytes=logits_bytes)
     assert float(found.losses) == pytest.approx(float(gradients["total"]), rel=1e-5)
     assert_same_gradients(found.gradients, gradients)
+
+
+@pytest.mark.parametrize("tokens", [1, 120])
+def test_how_many_rows_the_teacher_sees_at_once_changes_nothing(
+    qwen: World, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step, "TEACHER_TOKENS", tokens)
+    _, gradients = qwen.oracle(GRACE)
+    assert_same_gradients(run_step(qwen, GRACE, CUTS["four rows"]).gradients, gradients)
 
 
 def test_the_step_tells_the_variants_apart(qwen: World) -> None:

@@ -85,6 +85,7 @@ def step(
     With `quantized` the student's weights are fake-quantized, and what is done once per optimizer
     step is shared by `accumulation` micro-batches. The larger floor recomputes the decoder.
     """
+    bench.recompute_for(samples)
     rows = bench.rows(samples, accumulation)
     batch = bench.batch(rows[0], samples)
     shapes = bench.shapes

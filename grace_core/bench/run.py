@@ -74,7 +74,7 @@ class Bench:
             device=self._device_name,
             environment=environment(),
             processes=int(os.environ.get("WORLD_SIZE", "1")),
-            recomputed_layers=self._work.recomputed_layers,
+            recomputed_layers=self._work.recomputed_layers(self._work.shapes.samples),
             ceilings=ceilings,
             lines=[],
         )

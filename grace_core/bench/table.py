@@ -185,7 +185,7 @@ class BenchTable:
         return (
             f"{self.device}, {self.processes} process(es), {self.shapes} shapes; {versions}; "
             f"matrix product {rate:.3g} TFLOP/s, copy {bandwidth:.3g} TB/s; "
-            f"{self.recomputed_layers} decoder layers recomputed"
+            f"{self.recomputed_layers} decoder layers recomputed in the longer rows"
         )
 
     def _notes(self) -> list[str]:

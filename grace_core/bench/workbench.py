@@ -22,7 +22,7 @@ from grace_core.losses.objective import (
     GlobalCounts,
     StudentObjective,
     TermWeights,
-    teacher_row,
+    teacher_rows,
 )
 from grace_core.models.activations import layer_activations, layers_to_recompute
 from grace_core.models.families import Family, set_trainable
@@ -106,12 +106,17 @@ class Workbench:
         model = self.new_student().train()
         set_trainable(model, self.family, "language")
         choose_forward(model, self.family, self.training.kernels)
-        recompute_layers(model, self.family, self.recomputed_layers)
         return model
 
-    @cached_property
-    def recomputed_layers(self) -> int:
-        """Of the student's decoder, in every row but the one with the optimizer."""
+    def recompute_for(self, samples: int) -> None:
+        """Recompute what rows of so many samples want recomputed, from now on."""
+        recompute_layers(self.student, self.family, self.recomputed_layers(samples))
+
+    def recomputed_layers(self, samples: int) -> int:
+        """Of the student's decoder for rows of so many samples, within the goal for memory.
+
+        The row of the table that has an optimizer goes by the memory of the device instead.
+        """
         if self._recompute is not None:
             return self._recompute
         shapes, text = self.shapes, self.shapes.config("student").text_config
@@ -123,7 +128,7 @@ class Workbench:
             fused=self.device.type == "cuda" and self.training.kernels == "auto",
             element_bytes=self.dtype.itemsize,
         )
-        tokens = shapes.samples * shapes.sample_tokens
+        tokens = samples * shapes.sample_tokens
         count, _ = layers_to_recompute(text.num_hidden_layers, tokens, each, int(free))
         return count
 
@@ -176,16 +181,13 @@ class Workbench:
             self.objective,
             logits_bytes=self.training.logits_mib * 2**20,
         )
-        taught = [
-            teacher_row(
-                self.teacher,
-                self.family,
-                self.objective,
-                row,
-                logits_bytes=self.training.logits_mib * 2**20,
-            )
-            for row in rows
-        ]
+        taught = teacher_rows(
+            self.teacher,
+            self.family,
+            self.objective,
+            rows,
+            logits_bytes=self.training.logits_mib * 2**20,
+        )
         counts = GlobalCounts(
             tokens=sum(len(row.labels) for row in rows),
             gates=float(torch.stack([of_row.gates.double().sum() for of_row in taught]).sum()),

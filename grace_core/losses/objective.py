@@ -14,7 +14,9 @@ pass (:mod:`grace_core.losses.fused_head`).
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import torch
@@ -34,13 +36,16 @@ from grace_core.losses.fused_head import (
     supervised_head,
     supervised_loss,
 )
-from grace_core.losses.relational import TeacherRelation, relational_sum, teacher_relation
+from grace_core.losses.relational import TeacherRelation, relational_sum, teacher_relations
 from grace_core.losses.truncated_teacher import TruncatedRows
 from grace_core.models.families import Family
-from grace_core.models.forward import row_states
-from grace_core.models.rows import PackedRow
+from grace_core.models.forward import RowStates, row_states
+from grace_core.models.rows import PackedRow, joined_row
 
 # dims: N supervised tokens of a row, d width
+
+TEACHER_TOKENS = 8192
+"""Up to so many tokens of several rows go through the teacher in one pass."""
 
 
 @dataclass(frozen=True)
@@ -118,24 +123,67 @@ def omega_at(objective: Objective, step: int) -> float:
 
 
 @torch.no_grad()
-def teacher_row(
-    model: Any, family: Family, objective: Objective, row: PackedRow, *, logits_bytes: int
-) -> TeacherRow:
-    """Run the frozen teacher over one row.
+def teacher_rows(
+    model: Any,
+    family: Family,
+    objective: Objective,
+    rows: Sequence[PackedRow],
+    *,
+    logits_bytes: int,
+) -> list[TeacherRow]:
+    """Run the frozen teacher over the rows of a step.
+
+    Short rows go through it together: a pass costs the host the same whatever its length, and the
+    teacher keeps nothing for a backward pass.
 
     Args:
         logits_bytes: what may be held at one time in logits and copies of them.
     """
-    states = row_states(model, family, row)
+    taught = []
+    for group in _passes(rows):
+        states = row_states(model, family, joined_row(group))
+        taught += _by_row(model, objective, group, states, logits_bytes)
+    return taught
+
+
+def _by_row(
+    model: Any,
+    objective: Objective,
+    rows: Sequence[PackedRow],
+    states: RowStates,
+    logits_bytes: int,
+) -> list[TeacherRow]:
     head = supervised_head(model)
+    tokens = [len(row.labels) for row in rows]
     if objective.distillation.kind == "gated-decoupled":
-        gates = gates_of_rows(head, states.predicting, logits_bytes=logits_bytes)
+        gates = gates_of_rows(head, states.predicting, logits_bytes=logits_bytes).float()
     else:
-        gates = torch.ones(len(row.labels), device=row.labels.device)
-    relations = []
-    if objective.relational.enabled:
-        relations = [teacher_relation(states_of_one) for states_of_one in states.visual]
-    return TeacherRow(TaughtRows(head, states.predicting, gates.float()), relations)
+        gates = torch.ones(sum(tokens), device=states.predicting.device)
+    relations = teacher_relations(states.visual) if objective.relational.enabled else []
+    pictures = iter(relations)
+    return [
+        TeacherRow(
+            TaughtRows(head, of_row, gates_of_row),
+            relations=list(islice(pictures, len(row.visual_spans))),
+        )
+        for row, of_row, gates_of_row in zip(
+            rows, states.predicting.split(tokens), gates.split(tokens), strict=True
+        )
+    ]
+
+
+def _passes(rows: Sequence[PackedRow]) -> Iterator[list[PackedRow]]:
+    """Consecutive rows that the teacher sees together."""
+    group: list[PackedRow] = []
+    total = 0
+    for row in rows:
+        length = row.input_ids.shape[1]
+        if group and total + length > TEACHER_TOKENS:
+            yield group
+            group, total = [], 0
+        group.append(row)
+        total += length
+    yield group
 
 
 def recorded_teacher_row(

@@ -59,26 +59,40 @@ class TeacherRelation:
 
 
 @torch.no_grad()
-def teacher_relation(teacher_states_nd: Tensor) -> TeacherRelation:
-    """Relations between the visual tokens of one image, as the teacher sees them.
+def teacher_relations(states: Sequence[Tensor]) -> list[TeacherRelation]:
+    """Relations between the visual tokens of each image, as the teacher sees them.
 
     Call it under `torch.no_grad` or outside, but not in `torch.inference_mode`: the student's
-    backward needs the result. Reads one scalar back from the device.
+    backward needs the result. Reads the norms back from the device, all at once.
 
     Args:
-        teacher_states_nd: (n, d_T) hidden states of one image's visual tokens at the penultimate
-            decoder layer, any floating dtype. n may be 0.
+        states: (n, d_T) hidden states of each image's visual tokens at the penultimate decoder
+            layer, any floating dtype. n may be 0.
     """
-    num_tokens, width = teacher_states_nd.shape
-    rows = _centred_directions(teacher_states_nd)
-    product = _smaller_product(rows)
-    is_gram = num_tokens <= width
-    return TeacherRelation(
-        centred=product if is_gram else rows,
-        is_gram=is_gram,
-        num_tokens=num_tokens,
-        gram_norm=float(torch.linalg.vector_norm(product)),
-    )
+    if not states:
+        return []
+    rows = [_centred_directions(of_image) for of_image in states]
+    products = [_smaller_product(of_image) for of_image in rows]
+    norms = torch.stack([torch.linalg.vector_norm(product) for product in products]).tolist()
+    relations = []
+    for of_image, product, norm in zip(rows, products, norms, strict=True):
+        num_tokens, width = of_image.shape
+        is_gram = num_tokens <= width
+        relations.append(
+            TeacherRelation(
+                centred=product if is_gram else of_image,
+                is_gram=is_gram,
+                num_tokens=num_tokens,
+                gram_norm=norm,
+            )
+        )
+    return relations
+
+
+def teacher_relation(teacher_states_nd: Tensor) -> TeacherRelation:
+    """:func:`teacher_relations` of one image, (n, d_T)."""
+    (relation,) = teacher_relations([teacher_states_nd])
+    return relation
 
 
 def relational_loss(relation: TeacherRelation, student_states_nd: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -86,6 +87,31 @@ class PackedRow:
                 for name, value in self.pictures.items()
             },
         )
+
+
+def joined_row(rows: Sequence[PackedRow]) -> PackedRow:
+    """Several rows as one, on their device; supervised tokens and pictures stay in order."""
+    if len(rows) == 1:
+        return rows[0]
+    starts = list(accumulate((row.input_ids.shape[1] for row in rows), initial=0))[:-1]
+    placed = list(zip(rows, starts, strict=True))
+    return PackedRow(
+        input_ids=torch.cat([row.input_ids for row in rows], dim=1),
+        position_ids=torch.cat([row.position_ids for row in rows], dim=-1),
+        samples=Segments.joined([row.samples for row in rows]),
+        predicting=torch.cat([row.predicting + start for row, start in placed]),
+        labels=torch.cat([row.labels for row in rows]),
+        visual_spans=[
+            (start + first, count) for row, start in placed for first, count in row.visual_spans
+        ],
+        image_places=torch.cat([row.image_places + start for row, start in placed]),
+        pictures={
+            name: torch.cat([row.pictures[name] for row in rows]) for name in rows[0].pictures
+        },
+        grids=[grid for row in rows for grid in row.grids],
+        frames=Segments.joined([row.frames for row in rows]),
+        record_indexes=[index for row in rows for index in row.record_indexes],
+    )
 
 
 def packed_row(samples: Sequence[Mapping[str, Any]], visual: VisualInputs) -> PackedRow:

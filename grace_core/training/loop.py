@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -30,7 +30,7 @@ from grace_core.losses.objective import (
     make_controller,
     omega_at,
     recorded_teacher_row,
-    teacher_row,
+    teacher_rows,
 )
 from grace_core.models.families import set_trainable
 from grace_core.models.fused_forward import choose_forward
@@ -184,7 +184,7 @@ class Trainer:
         """One optimizer step over this rank's rows."""
         objective, training = self.job.objective, self.job.training
         rows = [row.to(self.device) for row in rows]
-        taught = [self._taught(row) for row in rows]
+        taught = self._taught(rows)
         counts = self._global_counts(rows, taught)
         beta, omega = self.controller.beta, omega_at(objective, self.step)
         weights = TermWeights.of(objective, counts, beta=beta, omega=omega)
@@ -215,18 +215,23 @@ class Trainer:
         self.step += 1
         return StepReport(**{**vars(report), "grad_norm": grad_norm, "scale_grad_norm": scale_norm})
 
-    def _taught(self, row: PackedRow) -> TeacherRow | None:
-        """What the teacher says of a row, or said when its outputs were recorded."""
+    def _taught(self, rows: Sequence[PackedRow]) -> Sequence[TeacherRow | None]:
+        """What the teacher says of rows, or said when its outputs were recorded."""
         objective = self.job.objective
-        if isinstance(row, RecordedRow):
-            return recorded_teacher_row(objective, row.outputs.rows, row.outputs.relations)
+        if self.outputs is not None:
+            recorded = [row.outputs for row in rows if isinstance(row, RecordedRow)]
+            assert len(recorded) == len(rows), "every row comes with the outputs of its samples"
+            return [
+                recorded_teacher_row(objective, outputs.rows, outputs.relations)
+                for outputs in recorded
+            ]
         if self.teacher is None:
-            return None
-        return teacher_row(
+            return [None] * len(rows)
+        return teacher_rows(
             self.teacher,
             self.family,
             objective,
-            row,
+            rows,
             logits_bytes=self.job.training.logits_mib * 2**20,
         )
 
@@ -293,7 +298,7 @@ class Trainer:
         return iter(row_loader(rows, training.data_workers, self.device))
 
     def _global_counts(
-        self, rows: list[PackedRow], taught: list[TeacherRow | None]
+        self, rows: list[PackedRow], taught: Sequence[TeacherRow | None]
     ) -> GlobalCounts:
         local = torch.zeros(3, dtype=torch.float64, device=self.device)
         for row, teacher in zip(rows, taught, strict=True):
