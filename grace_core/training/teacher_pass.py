@@ -22,7 +22,7 @@ from torch import distributed as dist
 from grace_core.errors import GraceError
 from grace_core.events import Event, EventWriter, truncate_after
 from grace_core.losses.fused_head import supervised_head, truncated_rows
-from grace_core.losses.relational import teacher_relation
+from grace_core.losses.relational import teacher_relations
 from grace_core.losses.stored_relation import stored_relation
 from grace_core.models.forward import row_states
 from grace_core.models.fused_forward import choose_forward
@@ -151,7 +151,7 @@ class TeacherPass:
         for sample in samples:
             last = first + self.supervised[sample]
             of_sample = [next(pictures) for _ in range(self.pictures[sample])]
-            relations = [stored_relation(teacher_relation(each)) for each in of_sample]
+            relations = [stored_relation(each) for each in teacher_relations(of_sample)]
             found.append(SampleOutputs(rows.part(slice(first, last)), relations))
             first = last
         assert first == len(rows), "a row's supervised tokens are its samples'"
