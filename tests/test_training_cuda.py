@@ -1,4 +1,4 @@
-"""Quantized training on GPUs: every ZeRO stage takes the same step.
+"""Training on GPUs: every ZeRO stage takes the same step, a recorded teacher teaches the same.
 
 Needs a GPU; two where there are two, over NCCL. The kernels' own tests are in
 `test_quantization_kernels.py`.
@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from grace_core.config.model import TeacherOutputs
 from grace_core.events import read_events
 from grace_core.launch.local import torchrun_command
-from grace_core.training.job import TrainingJob
+from grace_core.training.job import RankJob, TeacherJob, TrainingJob
 from tests.conftest import ROOT
 from tests.test_training_groups import World, make_world
 
@@ -33,15 +33,23 @@ SECONDS = 240
 def steps_of(world: World, zero: int, ranks: int) -> list[dict[str, Any]]:
     name = f"zero{zero}-ranks{ranks}"
     job = world.job(name, zero=zero, precision="w4", steps=STEPS, max_grad_norm=1e9)
-    job["device"] = "cuda"
-    work = Path(job["work"])
+    return train(job, ranks)
+
+
+def train(job: dict[str, Any], ranks: int) -> list[dict[str, Any]]:
+    """What the training's steps measured."""
+    whole = TrainingJob.model_validate(job | {"device": "cuda"})
+    run("grace_core.training.worker", whole, ranks)
+    return [e.values for e in read_events(whole.metrics) if e.kind == "train"]
+
+
+def run(module: str, job: RankJob, ranks: int) -> None:
+    work = job.work
     work.mkdir(parents=True)
     file = work / "job.json"
-    file.write_text(TrainingJob.model_validate(job).model_dump_json(), encoding="utf-8")
+    file.write_text(job.model_dump_json(), encoding="utf-8")
     done = subprocess.run(
-        torchrun_command(
-            "grace_core.training.worker", [str(file)], processes=ranks, ranks=work / "ranks"
-        ),
+        torchrun_command(module, [str(file)], processes=ranks, ranks=work / "ranks"),
         cwd=ROOT,
         env=os.environ | {"DS_ACCELERATOR": "cuda", "TOKENIZERS_PARALLELISM": "false"},
         capture_output=True,
@@ -51,7 +59,6 @@ def steps_of(world: World, zero: int, ranks: int) -> list[dict[str, Any]]:
     )
     logs = "".join(log.read_text(errors="replace") for log in work.rglob("std*.log"))
     assert done.returncode == 0, (done.stdout + done.stderr + logs)[-4000:]
-    return [e.values for e in read_events(work / "metrics.jsonl") if e.kind == "train"]
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +87,30 @@ def test_every_stage_takes_the_same_steps(
     assert first["grad_norm"] == pytest.approx(expected["grad_norm"], rel=1e-2), text
     for values, others in zip(found[1:], every_pass[1:], strict=True):
         assert values["cross_entropy"] == pytest.approx(others["cross_entropy"], rel=1e-2), text
+
+
+def test_recorded_outputs_teach_what_the_teacher_does(world: World) -> None:
+    """With all logits kept."""
+    ranks = min(2, torch.cuda.device_count())
+    online = world.job("online", zero=1, steps=STEPS)
+    job = TeacherJob.model_validate(
+        {name: online[name] for name in ("teacher", "student", "data", "min_pixels", "max_pixels")}
+        | {
+            "stage": "teacher-outputs",
+            "outputs": TeacherOutputs(top_k=10**6, shard_samples=7),
+            "temperature": 2.0,
+            "training": online["training"] | {"data_workers": 1},
+            "device": "cuda",
+            "work": world.root / "work" / "outputs",
+        }
+    )
+    run("grace_core.training.teacher_worker", job, ranks)
+    recorded = world.job("recorded", zero=1, steps=STEPS, data_workers=1)
+    recorded |= {"teacher": None, "teacher_outputs": str(job.result)}
+    found, expected = train(recorded, ranks), train(online, ranks)
+    text = json.dumps({"found": found, "expected": expected}, indent=1)
+    assert len(found) == len(expected) == STEPS
+    of_found, of_expected = found[0]["cross_entropy"], expected[0]["cross_entropy"]
+    assert of_found == pytest.approx(of_expected, rel=1e-5), text
+    for name in ("distillation", "relational"):
+        assert found[0][name] == pytest.approx(expected[0][name], rel=2e-2), text
