@@ -32,6 +32,7 @@ from tests.stand_in_stages import StandIns, checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 SVG = "{http://www.w3.org/2000/svg}"
+RECORD = "teacher_outputs={}"
 FIT = "teacher_fit={training: {steps: 2, row_tokens: 1024, rows_per_step: 4}}"
 
 
@@ -41,14 +42,29 @@ def run(folder: Path, *overrides: str) -> dict[str, Artifact]:
     stages, context = StandIns(), StageContext()
     data = stages.prepare_data(config, context)
     teacher = stages.fit_teacher(config, data, context) if config.teacher_fit else None
-    students = {"bf16": stages.distill(config, data, teacher, context)}
+    teaching = teacher
+    if config.records_teacher:
+        teaching = stages.record_teacher(config, data, teacher, context)
+    students = {"bf16": stages.distill(config, data, teaching, context)}
     for label in config.quantize.variants:
-        students[label] = stages.quantize(config, label, data, teacher, students["bf16"], context)
+        students[label] = stages.quantize(config, label, data, teaching, students["bf16"], context)
     releases = {label: stages.release(config, item, context) for label, item in students.items()}
     rows: dict[str, Artifact | None] = {"teacher": teacher, "baseline": None, **releases}
     scores = {label: stages.evaluate(config, label, item, context) for label, item in rows.items()}
     stages.publish(config, releases, scores, context)
     return {item.manifest.stage: item for item in artifacts_below(folder)}
+
+
+def test_a_student_of_recorded_outputs_descends_from_the_teacher(tmp_path: Path) -> None:
+    made = run(tmp_path / "run", FIT, RECORD)
+    lineage = find_model("w4", tmp_path / "run").lineage
+    student = next(node for node in lineage.nodes if node.stage == "w4")
+    assert dict(lineage.parents(student.id))["teacher"].stage == "teacher-outputs"
+    ancestors = {lineage.node(one).stage for one in lineage.ancestors(student.id)}
+    assert {"teacher-outputs", "teacher", "bf16", "data"} <= ancestors
+    outputs = made["teacher-outputs"].manifest.parents
+    assert outputs["teacher"].digest == made["teacher"].digest
+    assert outputs["data"].digest == made["data"].digest
 
 
 def edges_of(made: dict[str, Artifact], stages: set[str]) -> set[tuple[str, str, str]]:

@@ -23,7 +23,7 @@ from grace_core.reproduction.verdict import judge
 from grace_core.stages import StageContext, distill, prepare_data, quantize, release
 from operations.cli import main
 from tests.stand_in_stages import StandIns
-from tests.test_lineage import FIT, run
+from tests.test_lineage import FIT, RECORD, run
 
 ROOT = Path(__file__).resolve().parent.parent
 NEEDED = ["world", "data", "bf16", "w4", "release-w4"]
@@ -180,6 +180,12 @@ def test_from_a_published_directory_alone(cli: Cli, stages: StandIns, tmp_path: 
     assert code == 3
     assert "first different stage: bf16" in out, "the stand-ins' data know no seed"
     assert "only digests were compared" in out
+
+
+def test_recorded_outputs_are_made_again_too(cli: Cli, stages: StandIns, tmp_path: Path) -> None:
+    folder = publish_for_others(tmp_path, FIT, RECORD)
+    assert cli("reproduce", folder, "--run-dir", tmp_path / "again")[0] == 0
+    assert stages.made == ["world", "data", "teacher", "teacher-outputs", *NEEDED[2:]]
 
 
 def test_a_place_that_was_not_published_has_to_be_given(tmp_path: Path) -> None:

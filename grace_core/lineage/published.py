@@ -16,7 +16,17 @@ from grace_core.config.load import config_digest
 from grace_core.lineage.graph import Lineage, Node
 
 RELEASE_MANIFEST = "grace_manifest.json"
-_SECTIONS = ("name", "seed", "models", "data", "teacher_fit", "distill", "quantize", "evaluation")
+_SECTIONS = (
+    "name",
+    "seed",
+    "models",
+    "data",
+    "teacher_fit",
+    "teacher_outputs",
+    "distill",
+    "quantize",
+    "evaluation",
+)
 _LAUNCH = ("processes", "threads_per_process", "device", "nodes")
 """What of the launch a result may depend on: how many ranks share the work, and on what."""
 _PUBLISH = ("name", "licence", "base_model", "teacher_model", "dataset")
