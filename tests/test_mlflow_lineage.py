@@ -61,8 +61,11 @@ class Tracked:
         self.stage("world", lambda c: do.generate_world(config, c))
         data = self.stage("data", lambda c: do.prepare_data(config, c))
         teacher = self.stage("teacher", lambda c: do.fit_teacher(config, data, c))
-        bf16 = self.stage("bf16", lambda c: do.distill(config, data, teacher, c))
-        w4 = self.stage("w4", lambda c: do.quantize(config, "w4", data, teacher, bf16, c))
+        outputs = self.stage(
+            "teacher-outputs", lambda c: do.record_teacher(config, data, teacher, c)
+        )
+        bf16 = self.stage("bf16", lambda c: do.distill(config, data, outputs, c))
+        w4 = self.stage("w4", lambda c: do.quantize(config, "w4", data, outputs, bf16, c))
         students = {"bf16": bf16, "w4": w4}
         releases = {
             label: self.stage(f"release-{label}", partial(do.release, config, model))
@@ -91,6 +94,7 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tracked
         "tracking.experiment=lineage",
         "quantize.variants=[w4]",
         "teacher_fit={training: {steps: 2, row_tokens: 1024, rows_per_step: 4}}",
+        "teacher_outputs={}",
     ]
     tracked = Tracked(load_config(ROOT / "configs" / "toy.yaml", settings))
     tracked.all()
