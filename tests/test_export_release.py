@@ -62,10 +62,21 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
 Released = dict[tuple[str, int], tuple[Path, Path]]
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+        ),
+    ],
+)
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)
-def test_release_is_exactly_the_trained_model(released: Released, variant: tuple[str, int]) -> None:
+def test_release_is_exactly_the_trained_model(
+    released: Released, variant: tuple[str, int], device: str
+) -> None:
     source, release = released[variant]
-    report = check_release(source, release, _batches(variant[0]))
+    report = check_release(source, release, _batches(variant[0]), device=device)
     assert report.layers == 14 and report.batches == 3 and report.image_batches == 2
     names = weight_files(source).names
     assert report.tensors == len(names) - 14

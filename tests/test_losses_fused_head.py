@@ -209,6 +209,9 @@ def test_equals_autograd_over_whole_logits(kind: str, rows: int, bias: bool) -> 
     assert_close(fused(given.to(torch.float32), budget), expected, 1e-5)
 
 
+@pytest.mark.skipif(
+    torch.cuda.is_available(), reason="kernels run on the GPU: test_real_vocabulary_on_a_gpu"
+)
 @pytest.mark.parametrize("kind", ["none", "plain", "decoupled"])
 def test_with_kernels(kind: str, interpreted_kernels: None) -> None:
     given = problem(kind)

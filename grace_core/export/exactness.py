@@ -85,7 +85,7 @@ def check_release(
     counts = _Counts()
     _refuse(release, list(_differences(source, release, trained, counts)))
 
-    expected = _logits(_load_trained(source, trained), batches, device)
+    expected = _logits(_load_trained(source, trained, device), batches, device)
     actual = _logits(_load_release(release, trained), batches, device)
     _refuse(release, list(_logit_differences(expected, actual)))
     return ExactnessReport(
@@ -173,8 +173,9 @@ def _tensor_difference(name: str, expected: Tensor, actual: Tensor) -> Iterator[
         )
 
 
-def _load_trained(source: Path, trained: TrainedScales | None) -> Any:
+def _load_trained(source: Path, trained: TrainedScales | None, device: torch.device | str) -> Any:
     model = AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=False)
+    model = model.to(device)  # first: the scales, no part of the model, go where its weights are
     if trained is not None:
         convert_with_scales(model, trained.scales, bits=trained.bits, group_size=trained.group_size)
     return model
