@@ -167,7 +167,10 @@ def gated_distillation(bench: Workbench) -> Iterator[Prepared]:
 @contextmanager
 def losses_with_heads(bench: Workbench) -> Iterator[Prepared]:
     """Cross-entropy and L_GDKD from final states of both models, with gradients of the student's
-    states and head. The gates are given, as in training, where the teacher's pass makes them.
+    states and head.
+
+    Ours projects the teacher's states twice, as the training does: the gates, whose sum over the
+    batch is a denominator, are known before the student's pass. The floor has it once.
 
     Memory is above the states and the heads; it holds the head's gradient.
     """
@@ -179,17 +182,17 @@ def losses_with_heads(bench: Workbench) -> Iterator[Prepared]:
     labels = torch.randint(bench.vocabulary, (tokens,), device=bench.device)
     beta = bench.objective.controller.beta_init
     logits_bytes = bench.training.logits_mib * 2**20
-    gates = gates_of_rows(teacher_head, teacher_states, logits_bytes=logits_bytes)
-    supervision = Supervision(
-        labels=labels,
-        teacher=TaughtRows(teacher_head, teacher_states, gates),
-        distillation=bench.objective.distillation,
-        cross_entropy_weight=1.0 / tokens,
-        distillation_weight=beta / float(gates.sum()),
-        logits_bytes=logits_bytes,
-    )
 
     def fused() -> Tensor:
+        gates = gates_of_rows(teacher_head, teacher_states, logits_bytes=logits_bytes)
+        supervision = Supervision(
+            labels=labels,
+            teacher=TaughtRows(teacher_head, teacher_states, gates),
+            distillation=bench.objective.distillation,
+            cross_entropy_weight=1.0 / tokens,
+            distillation_weight=beta / float(gates.sum()),
+            logits_bytes=logits_bytes,
+        )
         loss, _ = supervised_loss(head, states, supervision)
         loss.backward()
         return loss.detach()
