@@ -96,7 +96,15 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
-GROUPED = ("toy", "toy world", "toy pretrain", "bench", "bench checkpoint", "bench pipeline")
+GROUPED = (
+    "toy",
+    "toy world",
+    "toy pretrain",
+    "bench",
+    "bench checkpoint",
+    "bench memory",
+    "bench pipeline",
+)
 
 
 @pytest.mark.parametrize("command", ["", *COMMANDS, "publish", *GROUPED])
@@ -161,6 +169,30 @@ def test_check_reads_the_sizes_of_the_checkpoints(cli: Cli) -> None:
         for name in file.keys():
             expected += file.get_tensor(name).numel()
     assert f"{expected:,}" in cli("check", TOY)[1]
+
+
+def test_check_says_what_fits_where(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    sections = ("distill", "quantize")
+    gpu = ["-s", "launch.device=cuda"]
+    gpu += [word for name in sections for word in ("-s", f"{name}.training.recompute=auto")]
+    shown = words(cli("check", TOY, *gpu)[1])
+    # Two processes share the optimizer's state; buckets of 2 x 10^9 bytes dwarf the toy models.
+    assert "Memory of 1 GPU of 2 in GB, at most, all layers recomputed" in shown
+    assert "bf16 w8, w4" in shown
+    for row in ("teacher's weights", "W_hat and scales", "+ backward pass", "peak"):
+        assert row in shown
+    for stage in (1, 2, 3):
+        assert f"ZeRO-{stage} {' '.join(['0 of 4'] * 5)}" in shown
+    # A GPU smaller than the least.
+    monkeypatch.setattr("grace_core.cli.memory.CARDS", (1, 80))
+    shown = words(cli("check", TOY, *gpu)[1])
+    assert "ZeRO-2 no 0 of 4" in shown
+    assert "Memory of" not in cli("check", TOY, "-s", "launch.device=cpu")[1]
+
+
+def test_check_says_whose_size_is_not_known(cli: Cli) -> None:
+    said = words(cli("check", REAL, "-s", "models.student.path=owner/none")[1])
+    assert "Memory of a GPU: not known, the weights of models.teacher and models.student" in said
 
 
 @pytest.mark.parametrize("name", ["qwen3vl-8b-to-2b", "toy", "tuxpaint"])

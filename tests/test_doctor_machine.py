@@ -19,6 +19,7 @@ from grace_core.doctor.findings import Finding, Severity, require_no_problem
 from grace_core.doctor.machine import check_machine
 from grace_core.doctor.memory import needs
 from grace_core.doctor.slurm import check_slurm
+from grace_core.training.zero import BUCKET_ELEMENTS
 from tests.findings import ROOT, models, one, severities, toy
 
 # As printed by a machine with one GPU; what the second one says is made up.
@@ -89,25 +90,30 @@ def test_gpus_too_few_or_too_small_are_problems(two_gpus: None) -> None:
     rows = ("distill.training.rows_per_step=6", "quantize.training.rows_per_step=6")
     found = about_machine("launch={processes: 3, device: cuda}", *rows)
     one(found, Severity.PROBLEM, "3 processes, but 2 GPUs")
-    # 2 B weights under ZeRO-2 on two GPUs: 2 + 14 / 2 = 9 bytes each, and 8 B of teacher at 2.
+    # 2 B weights under ZeRO-2 on two GPUs: 2 + 16 / 2 = 10 bytes each, 8 B of teacher at 2, and
+    # the root of the second moment of half of them, 4 bytes each, in the optimizer's step.
     found = about_machine("launch={processes: 2, device: cuda}", weights=2_000_000_000)
     finding = one(found, Severity.PROBLEM, "GPU 1 (Tesla T4) has 15.7 GB free of 16.1 GB")
-    assert "needs at least 34.0 GB on each (18.0 GB of weights" in finding.text
+    assert "needs at least 40.0 GB on each (20.0 GB of weights" in finding.text
+    assert "activations come on top" in finding.text
 
 
 @pytest.mark.parametrize(
-    ("zero_stage", "bytes_a_weight"), [(0, 16.0), (1, 4 + 12 / 8), (2, 2 + 14 / 8), (3, 16 / 8)]
+    ("zero_stage", "bytes_a_weight"),
+    [(0, 16.0), (1, 4 + 4 + 12 / 8), (2, 2 + 16 / 8), (3, 18 / 8)],
 )
-def test_the_memory_of_the_state_is_that_of_the_zero_paper(
+def test_the_memory_of_the_state_is_that_of_the_zero_paper_with_fp32_gradients(
     zero_stage: int, bytes_a_weight: float
 ) -> None:
+    """Beside the bf16 gradients under ZeRO-1, in their place under ZeRO-2 and -3."""
     config = toy(f"distill.training.zero_stage={zero_stage}", CLUSTER, *ROWS)
     source = config.models.student
     teacher = Checkpoint(source, None, listed_parameters=1000)
     student = Checkpoint(source, None, listed_parameters=100)
     found = needs(config, teacher, student)
     assert found is not None
-    assert found[0].state == pytest.approx(100 * bytes_a_weight)
+    buckets = 2 * BUCKET_ELEMENTS if zero_stage == 3 else 0  # there from the start
+    assert found[0].state == pytest.approx(100 * bytes_a_weight + buckets, rel=1e-12)
     assert found[0].teacher == 2000
 
 
@@ -137,7 +143,9 @@ def test_quantized_weights_are_counted_where_they_are_kept(zero_stage: int, kept
     found = needs(config, teacher, student)
     assert found is not None
     state = {need.stage: need.state for need in found}
-    assert state["w4"] == state["w8"] == state["bf16"] + kept * 2 * 400
+    # 26 bytes for each scale of 128 weights besides.
+    expected = state["bf16"] + kept * 2 * 400 + 26 * 400 / 128
+    assert state["w4"] == state["w8"] == pytest.approx(expected)
 
 
 def test_without_a_gpu_cuda_is_a_problem(

@@ -22,8 +22,8 @@ from grace_core.bench import floors, plain
 from grace_core.bench.cases import Prepared
 from grace_core.bench.measure import Runner
 from grace_core.bench.random_models import trained_weights
-from grace_core.bench.workbench import Workbench
-from grace_core.config.model import Training
+from grace_core.bench.workbench import GROUP_SIZE, Workbench
+from grace_core.config.model import Precision, Training
 from grace_core.models.loading import CheckpointFolder
 from grace_core.training.job import TrainingJob
 from grace_core.training.loop import Trainer, deepspeed_engine
@@ -62,11 +62,11 @@ def training_step(bench: Workbench, folder: Path) -> Iterator[Prepared]:
     shapes = bench.shapes
     with process_group(bench.device) as processes:
         rows = bench.rows(shapes.samples, shapes.step_rows)
-        job = _job(bench, folder, processes)
+        job = training_job(bench, folder, processes, zero_stage=2)
         made = _Made()
 
         def ours() -> Tensor:
-            trainer = made.get("ours", lambda: _InMemoryTrainer(job, bench))
+            trainer = made.get("ours", lambda: InMemoryTrainer(job, bench))
             report = trainer.optimizer_step(rows)
             return torch.tensor(report.cross_entropy)
 
@@ -111,7 +111,7 @@ class _Made:
             torch.cuda.empty_cache()
 
 
-class _InMemoryTrainer(Trainer):
+class InMemoryTrainer(Trainer):
     """The training loop's trainer over models that were never on a disk."""
 
     def __init__(self, job: TrainingJob, bench: Workbench) -> None:
@@ -154,22 +154,35 @@ class _PlainLoss(nn.Module):
         return plain.loss_of(self._teacher[0], self.student, bench.family, bench.objective, batch)
 
 
-def _job(bench: Workbench, folder: Path, processes: int) -> TrainingJob:
-    """What the trainer is told; its data set only says how long samples are."""
+def training_job(
+    bench: Workbench,
+    folder: Path,
+    processes: int,
+    *,
+    precision: Precision | None = None,
+    group_size: int = GROUP_SIZE,
+    **training: Any,
+) -> TrainingJob:
+    """What the trainer is told; its data set only says how long samples are.
+
+    training: settings beside those that follow from the shapes.
+    """
     shapes = bench.shapes
     rows = shapes.step_rows * processes
     lengths = [shapes.sample_tokens] * (rows * shapes.samples)
     data = folder / f"data-{dist.get_rank()}"
     Dataset.from_dict({"num_tokens": lengths}).save_to_disk(str(data))
     return TrainingJob(
-        stage="bf16",
+        stage=precision or "bf16",
         seed=0,
         training=Training(
             steps=_STEPS,
             row_tokens=shapes.samples * shapes.sample_tokens,
             rows_per_step=rows,
-            zero_stage=2,
+            **training,
         ),
+        precision=precision,
+        group_size=group_size,
         objective=bench.objective,
         student=bench.checkpoint.path,
         teacher=bench.checkpoint.path,

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from grace_core.cli.findings import Findings
+from grace_core.cli.memory import show_memory
 from grace_core.config.load import config_digest
 from grace_core.config.model import GraceConfig, Launch, Objective, SlurmLaunch, Training
 from grace_core.doctor.checkpoints import Checkpoint
@@ -28,6 +29,7 @@ def show_plan(config: GraceConfig, findings: Findings, console: Console) -> None
     console.print("[dim]Values left at their default are dim.[/]\n")
     console.print(_checkpoints(findings))
     console.print(_stages(config))
+    show_memory(config, findings, console)
     console.print(_launch(config.launch), highlight=False, markup=False)
     console.print(f"Everything goes to {config.run_dir}/", highlight=False, markup=False)
     for warning in findings.warnings:

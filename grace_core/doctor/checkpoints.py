@@ -9,7 +9,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from grace_core.config.model import CheckpointSource
 from grace_core.doctor.findings import Finding, problem
@@ -72,6 +72,20 @@ class Checkpoint:
             for name, shape in self.shapes.items()
             if not name.startswith(_VISION) and _PROJECTION.fullmatch(name)
         )
+
+    def trained_shapes(self, what: Literal["language", "all"]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors that are trained (:func:`..models.families.set_trainable`)."""
+        family = FAMILIES.get(str(self.config.get("model_type")))
+        connectors = tuple(
+            name.rpartition(".")[2] + "." for name in (family.connectors if family else ())
+        )
+        found = {}
+        for name, shape in self.shapes.items():
+            prefix = next((prefix for prefix in _VISION if name.startswith(prefix)), None)
+            frozen = prefix is not None and not name.removeprefix(prefix).startswith(connectors)
+            if what == "all" or not frozen:
+                found[name] = shape
+        return found
 
     @property
     def decoder(self) -> str:

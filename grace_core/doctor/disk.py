@@ -20,12 +20,11 @@ from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.doctor.dataset import estimated_size, estimated_text
 from grace_core.doctor.findings import Finding, ok, problem, unchecked, warning
 from grace_core.doctor.memory import (
-    OPTIMIZER_BYTES,
-    WEIGHT_BYTES,
     in_units,
     trained_checkpoint,
     training_stages,
 )
+from grace_core.training.memory import ADAM, BF16
 
 AREA = "disk"
 
@@ -72,9 +71,9 @@ def parts(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> list
         training = section.training
         # Without ZeRO every process writes the whole optimizer.
         copies = config.launch.world_size if training.zero_stage == 0 else 1
-        one = model.parameters * (WEIGHT_BYTES + copies * OPTIMIZER_BYTES) + scales * 12
+        one = model.parameters * (BF16 + copies * ADAM) + scales * 12
         checkpoints = max(checkpoints, (training.keep_checkpoints + 1) * one)
-        size = model.parameters * WEIGHT_BYTES + scales * _THETA_BYTES
+        size = model.parameters * BF16 + scales * _THETA_BYTES
         # Ends of folders' names are hexadecimal, so `teacher-outputs` is another stage's.
         found.append(Part(f"trained {stage}", size, f"artifacts/{stage}-[0-9a-f]*", 20))
     releases = _releases(config, student)
@@ -95,11 +94,11 @@ def parts(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> list
 def _releases(config: GraceConfig, student: Checkpoint) -> list[Part]:
     assert student.parameters is not None
     quantized, group = student.quantized_weights(), config.quantize.group_size
-    whole = student.parameters * WEIGHT_BYTES
+    whole = student.parameters * BF16
     found = [Part("release bf16", whole, "artifacts/release-bf16-*", 20)]
     for name in config.quantize.variants:
         a_weight = BITS[name] / 8 + _SCALE_BYTES / group
-        size = whole - quantized * WEIGHT_BYTES + quantized * a_weight
+        size = whole - quantized * BF16 + quantized * a_weight
         found.append(Part(f"release {name}", size, f"artifacts/release-{name}-*", 20))
     return found
 

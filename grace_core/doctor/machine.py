@@ -15,6 +15,7 @@ from grace_core.doctor.findings import Finding, information, ok, problem, unchec
 from grace_core.doctor.gpus import Gpu, visible_gpus
 from grace_core.doctor.memory import Need, in_units, needs, training_stages
 from grace_core.hardware import NotReported
+from grace_core.training.memory import BACKWARD
 
 AREA = "machine"
 
@@ -114,10 +115,14 @@ def _gpus(
 
 
 def _in_words(need: Need) -> str:
+    moments = need.memory.moments
+    passes = f", {in_units(max(moments.values()))} for passes or the step" if moments else ""
+    if BACKWARD not in moments:
+        passes += "; activations come on top"
     return (
         f"stage {need.stage} needs at least {in_units(need.total)} on each "
         f"({in_units(need.state)} of weights, gradients and Adam's state, "
-        f"{in_units(need.teacher)} of teacher; activations come on top)"
+        f"{in_units(need.teacher)} of teacher{passes})"
     )
 
 
@@ -140,7 +145,7 @@ def _memory(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> It
         yield _size_unknown("memory")
         return
     need = max(found, key=lambda one: one.total)
-    here = need.total * config.launch.processes
+    here = need.memory.state * config.launch.processes
     free = _available_memory()
     said = (
         f"stage {need.stage} needs at least {in_units(here)} for weights, gradients, Adam's state "

@@ -1,37 +1,47 @@
-"""How much memory a training needs at least, from its number of weights.
+"""How much memory a training needs, by the headers of the checkpoints' files.
 
-Mixed-precision Adam keeps 2 bytes of weights, 2 of gradients and 4 + 4 + 4 of fp32 weights and both
-moments for every trained weight; ZeRO divides parts of that by the number of processes (Rajbhandari
-et al. 2020, arXiv 1910.02054, section 3.1 and figure 1). The frozen teacher is 2 bytes a weight on
-every process. Quantized training keeps W_hat, 2 bytes for each quantized weight, where it is made
-once a step. Activations, logits and the libraries' own memory come on top: they depend on row
-length and checkpointing, and are not part of the estimate.
+The arithmetic is :mod:`grace_core.training.memory`'s.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 
-from grace_core.config.model import GraceConfig, TrainingStage
+from grace_core.config.model import GraceConfig, Training, TrainingStage
 from grace_core.doctor.checkpoints import Checkpoint
-from grace_core.training.zero import QUANTIZED_ONCE_STAGES
+from grace_core.models.families import FAMILIES
+from grace_core.training.memory import BF16, TEACHER, Decoder, Memory, Trained, training_memory
 
-WEIGHT_BYTES = 2
-GRADIENT_BYTES = 2
-OPTIMIZER_BYTES = 12
+_PIXEL_BYTES = 12  # three channels of fp32
+_REQUIRED = (
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "num_hidden_layers",
+    "vocab_size",
+)
 
 
 @dataclass(frozen=True)
 class Need:
-    """What one process of a training holds at least, in bytes."""
+    """What one process of a training holds."""
 
     stage: str
-    state: float
+    memory: Memory
     teacher: float
+    """Bytes of the frozen teacher, part of what is held."""
+
+    @property
+    def state(self) -> float:
+        """Weights, gradients, the optimizer's state and a step's rows."""
+        return self.memory.state - self.teacher
 
     @property
     def total(self) -> float:
-        return self.state + self.teacher
+        return self.memory.peak
 
 
 def training_stages(config: GraceConfig) -> dict[str, TrainingStage]:
@@ -47,34 +57,92 @@ def trained_checkpoint(stage: str, teacher: Checkpoint, student: Checkpoint) -> 
     return teacher if stage == "teacher" else student
 
 
-def needs(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> list[Need] | None:
+def needs(
+    config: GraceConfig,
+    teacher: Checkpoint,
+    student: Checkpoint,
+    *,
+    zero_stage: int | None = None,
+    recomputed: int | None = None,
+) -> list[Need] | None:
     """One need a training stage, and one of the stage in which the teacher's outputs are recorded:
-    it has no state, and the students' trainings then have no teacher. None where a model's size is
-    not known."""
+    it holds weights alone, and the students' trainings then have no teacher. None where a model's
+    size is not known.
+
+    Args:
+        zero_stage, recomputed: instead of the configured ones.
+    """
     found = []
     if config.records_teacher:
         if teacher.parameters is None:
             return None
-        found.append(Need("teacher-outputs", 0.0, teacher.parameters * WEIGHT_BYTES))
+        weights = float(BF16 * teacher.parameters)
+        found.append(Need("teacher-outputs", Memory(held={TEACHER: weights}), weights))
     for stage, section in training_stages(config).items():
-        weights = trained_checkpoint(stage, teacher, student).parameters
+        own = trained_checkpoint(stage, teacher, student)
         taught = teacher.parameters
         if config.records_teacher or not section.objective.needs_teacher:
             taught = 0
-        if weights is None or taught is None:
+        quantized = stage in config.quantize.variants
+        model = trained_model(
+            own, section.training, group_size=config.quantize.group_size if quantized else None
+        )
+        if model is None or taught is None:
             return None
-        zero_stage = section.training.zero_stage
-        state = weights * _bytes_a_weight(zero_stage, config.launch.world_size)
-        if stage in config.quantize.variants and zero_stage in QUANTIZED_ONCE_STAGES:
-            state += student.quantized_weights() * WEIGHT_BYTES
-        found.append(Need(stage, state, taught * WEIGHT_BYTES))
+        training = section.training
+        if zero_stage is not None:
+            training = training.model_copy(update={"zero_stage": zero_stage})
+        memory = training_memory(
+            model,
+            training,
+            processes=config.launch.world_size,
+            teacher_weights=taught,
+            row_bytes=_row_bytes(own, teacher if taught else None),
+            recomputed=recomputed,
+            on_gpu=config.launch.device != "cpu",
+        )
+        found.append(Need(stage, memory, memory.held[TEACHER]))
     return found
 
 
-def _bytes_a_weight(zero_stage: int, processes: int) -> float:
-    parts = (OPTIMIZER_BYTES, GRADIENT_BYTES, WEIGHT_BYTES)  # divided in this order
-    divided, whole = parts[:zero_stage], parts[zero_stage:]
-    return sum(divided) / processes + sum(whole)
+def trained_model(
+    checkpoint: Checkpoint, training: Training, *, group_size: int | None
+) -> Trained | None:
+    """Sizes of the model that is trained; None where nothing tells its number of weights.
+
+    Where only that number is known, everything counts as trained, and passes are not counted.
+
+    group_size: of quantized training; None without.
+    """
+    weights = checkpoint.parameters
+    if weights is None:
+        return None
+    trained = checkpoint.trained_shapes(training.trainable)
+    sizes = list(map(math.prod, trained.values())) or [weights]
+    return Trained(
+        weights=weights,
+        trained=sum(sizes),
+        largest=max(sizes) if trained else 0,
+        quantized=checkpoint.quantized_weights() if group_size else 0,
+        group_size=group_size or 1,
+        decoder=_decoder(checkpoint, training) if trained else None,
+    )
+
+
+def _decoder(checkpoint: Checkpoint, training: Training) -> Decoder | None:
+    text = {name: checkpoint.of_text(name) for name in (*_REQUIRED, "head_dim")}
+    family = FAMILIES.get(str(checkpoint.config.get("model_type")))
+    if family is None or any(text[name] is None for name in _REQUIRED):
+        return None
+    return Decoder.of(SimpleNamespace(**text), family, fused=training.kernels == "auto")
+
+
+def _row_bytes(trained: Checkpoint, teacher: Checkpoint | None) -> int:
+    """Of a token: it is a picture's or supervised, never both."""
+    frames = trained.processor.get("temporal_patch_size", 1)  # a picture is repeated so often
+    pixels = (trained.pixels_per_token or 0) * _PIXEL_BYTES * int(frames)
+    width = (teacher.of_text("hidden_size") if teacher is not None else None) or 0
+    return max(pixels, BF16 * width)
 
 
 def in_units(size: float) -> str:

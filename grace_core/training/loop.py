@@ -43,6 +43,7 @@ from grace_core.quantization.scales import ScaleBank
 from grace_core.training import checkpoint as checkpoints
 from grace_core.training.gradient_shares import gradient_shares
 from grace_core.training.job import TrainingJob
+from grace_core.training.memory import later_bytes
 from grace_core.training.optimizer import (
     clip_flat_gradient,
     rate_at,
@@ -51,7 +52,11 @@ from grace_core.training.optimizer import (
     weight_optimizer,
 )
 from grace_core.training.planned_rows import PlannedRows, RankPlan, RecordedRow, row_loader
-from grace_core.training.recompute import choose_recomputed_layers, later_bytes, recompute_layers
+from grace_core.training.recompute import (
+    choose_recomputed_layers,
+    recompute_layers,
+    trained_sizes,
+)
 from grace_core.training.reports import Agreement, Reporter, StepReport, agree
 from grace_core.training.result import write_result
 from grace_core.training.saved import Layout, Saved, latest_checkpoint
@@ -117,7 +122,12 @@ class Trainer:
             model, self.family, job.objective, logits_bytes=training.logits_mib * 2**20
         )
         self.engine = deepspeed_engine(self.student, job, self.processes, device)
-        later = later_bytes(model, training, processes=self.processes)
+        later = later_bytes(
+            trained_sizes(model),
+            training,
+            processes=self.processes,
+            on_gpu=device.type == "cuda",
+        )
         recompute_layers(
             model,
             self.family,

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from grace_core.config.model import Training
 from grace_core.models.activations import layer_activations, layers_to_recompute
 from grace_core.models.families import Family, decoder_layers
+from grace_core.training.memory import Trained
 
 log = logging.getLogger(__name__)
 
@@ -63,17 +64,14 @@ def choose_recomputed_layers(
     return int(agreed)
 
 
-def later_bytes(model: Any, training: Training, *, processes: int) -> int:
-    """Bytes a rank that exist only from the first step on: gradients and Adam's moments (fp32)."""
-    trained = sum(
-        getattr(parameter, "ds_numel", parameter.numel())
+def trained_sizes(model: Any) -> Trained:
+    """Sizes of a model whose `requires_grad` is set; ZeRO-3 may have emptied its parameters."""
+    sizes = {
+        parameter: getattr(parameter, "ds_numel", parameter.numel())
         for parameter in model.parameters()
-        if parameter.requires_grad
-    )
-    moments = 8 * trained // (processes if training.zero_stage >= 1 else 1)
-    accumulated = 4 * trained // (processes if training.zero_stage >= 2 else 1)
-    own = 2 * trained
-    return moments + accumulated + own
+    }
+    trained = [size for parameter, size in sizes.items() if parameter.requires_grad]
+    return Trained(weights=sum(sizes.values()), trained=sum(trained), largest=max(trained))
 
 
 def recompute_layers(model: Any, family: Family, count: int) -> None:
