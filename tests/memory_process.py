@@ -94,7 +94,7 @@ def workbench() -> Iterator[tuple[Workbench, Path]]:
 
 def main(cases: Path, out: Path) -> None:
     zero.BUCKET_ELEMENTS = BUCKET_ELEMENTS
-    # On one rank the sum is there already; Gloo's threads would hold, and free, what they are given.
+    # On one rank the sum is there already; Gloo's threads would free what they are given.
     dist.all_reduce = _sum_of_one_rank
     torch.set_num_threads(1)
     found = []
