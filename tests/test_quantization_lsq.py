@@ -66,6 +66,22 @@ def test_hand_worked_codes_and_gradients(
     assert theta.grad is not None and theta.grad.item() == pytest.approx(STEP * d_scale, rel=1e-6)
 
 
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+        ),
+    ],
+)
+def test_the_stored_scale_is_the_same_on_every_device(device: str) -> None:
+    """exp in fp32 is off by a digit here, on one device or another, and bf16 rounds elsewhere."""
+    theta = torch.tensor([-3.2457222938537598, -3.0786681175231934, -3.511698007583618])
+    expected = torch.tensor([math.exp(value) for value in theta.tolist()]).bfloat16()
+    assert torch.equal(stored_scale(theta.to(device)).cpu(), expected)
+
+
 def test_group_gradient_sums_over_the_group_with_upstream_weights() -> None:
     # Two groups of two: (7.25, -20) and (1.5, 3.25) in units of the step, upstream (2, 3, 5, 7).
     weight = torch.tensor([[7.25, -20.0, 1.5, 3.25]]) * STEP

@@ -55,11 +55,15 @@ def grouped(weight: Tensor, group_size: int) -> Tensor:
 def stored_scale(theta: Tensor) -> Tensor:
     """bf16(exp(theta)): the scale that the forward pass uses and that a release stores.
 
+    The exponential is taken in fp64. In fp32 those of CPUs and GPUs differ in the last digit, which
+    decides the rounding to bf16 of a few scales among ten million; a model trained on a GPU would
+    not be the one that is exported on a CPU.
+
     Args:
         theta: log-scales, fp32, any shape.
     """
     assert theta.dtype == torch.float32, f"theta must stay fp32, got {theta.dtype}"
-    return torch.exp(theta.detach()).to(SCALE_DTYPE)
+    return torch.exp(theta.detach().double()).float().to(SCALE_DTYPE)
 
 
 @torch.no_grad()
