@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from grace_core.config.model import CheckpointSource, Training
 from grace_core.doctor.checkpoints import read_checkpoint
@@ -81,6 +83,41 @@ def test_the_estimate_is_what_a_training_allocates(tmp_path: Path) -> None:
         assert max(estimated.values()) == pytest.approx(max(measured.values()), rel=0.1), text
         passes = max(measured[FORWARD], measured[BACKWARD])
         assert max(estimated[FORWARD], estimated[BACKWARD]) == pytest.approx(passes, rel=0.1), text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        "toy",
+        pytest.param(
+            "real",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA"),
+        ),
+    ],
+)
+def test_estimates_stand_beside_measurements(shapes: str, tmp_path: Path) -> None:
+    """At real size on a GPU they agree within the issue's 10 %; on a CPU nothing is measured."""
+    device = "cuda" if shapes == "real" else "cpu"
+    where = ["--shapes", shapes, "--device", device, "--output", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "grace_core.cli", "bench", "memory", *where],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    text = (tmp_path / "memory.md").read_text("utf-8")
+    found = json.loads((tmp_path / "memory.json").read_text("utf-8"))["measurements"]
+    assert len(found) == 8
+    for one in found:
+        assert one["estimated"] > 0
+        if shapes == "real":
+            assert one["estimated"] == pytest.approx(one["measured"], rel=0.1), text
+        else:
+            assert one["measured"] is None
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

@@ -91,12 +91,17 @@ def measurements(bench: Workbench, folder: Path) -> Iterator[Measurement]:
         for zero in (1, 2)
         for recompute in ("none", "all")
     ]
+    gpu = bench.device.type == "cuda"
+    held = torch.cuda.memory_allocated(bench.device) if gpu else 0  # teacher and rows
     with process_group(bench.device):
         for precision, zero, recompute in cases:
-            if bench.device.type == "cuda":
+            left = 0
+            if gpu:
                 gc.collect()
                 torch.cuda.empty_cache()
                 torch.cuda.reset_peak_memory_stats(bench.device)
+                # What an earlier training has not given back is not this one's.
+                left = torch.cuda.memory_allocated(bench.device) - held
             place = folder / f"{precision}-{zero}-{recompute}"
             trainer = trainer_of(
                 bench, place, precision=precision, zero_stage=zero, recompute=recompute
@@ -104,9 +109,7 @@ def measurements(bench: Workbench, folder: Path) -> Iterator[Measurement]:
             for _ in range(STEPS):
                 trainer.optimizer_step(rows)
             memory = estimate(bench, trainer, row_bytes=row_bytes)
-            peak = None
-            if bench.device.type == "cuda":
-                peak = torch.cuda.max_memory_allocated(bench.device)
+            peak = torch.cuda.max_memory_allocated(bench.device) - left if gpu else None
             trainer.engine.destroy()
             del trainer
             moment = max(memory.moments, key=lambda name: memory.moments[name])
