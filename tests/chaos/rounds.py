@@ -70,7 +70,7 @@ class Campaign:
     ) -> None:
         self._servers, self._config, self._folder, self._tell = servers, config, folder, tell
         self._chance = random.Random(seed)
-        self._kinds: Counter[str] = Counter()
+        self._planned_kinds: Counter[str] = Counter()
         self._places: Counter[str] = Counter()
         self.rounds: list[Round] = []
         self.reference: Outcome | None = None
@@ -174,11 +174,21 @@ class Campaign:
         return chosen
 
     def _rarest(self, faults: list[Fault], left: list[str]) -> Fault:
-        """A fault that can happen in these stages and was chosen least for its weight."""
+        """A fault that can happen in these stages and happened least for its weight.
+
+        What was only planned decides between equals: a run may end before it comes to that.
+        """
         possible = [fault for fault in faults if set(fault.stages) & set(left)]
         mixed = self._chance.sample(possible, len(possible))
-        chosen = min(mixed, key=lambda fault: self._kinds[fault.name] / fault.weight)
-        self._kinds[chosen.name] += 1
+        happened = Counter(fault.fault for item in self.rounds for fault in item.faults)
+        chosen = min(
+            mixed,
+            key=lambda fault: (
+                happened[fault.name] / fault.weight,
+                self._planned_kinds[fault.name] / fault.weight,
+            ),
+        )
+        self._planned_kinds[chosen.name] += 1
         return chosen
 
     def _damaged_both(self) -> bool:
