@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import signal
 import subprocess
@@ -166,9 +167,10 @@ def test_a_stop_leaves_whole_shards_and_no_result(world: World) -> None:
     assert not job.result.exists() and not list(job.shards.iterdir())
 
 
+@pytest.mark.slow
 def test_loader_processes_change_nothing(world: World) -> None:
     job = world.job("workers", data_workers=2)
-    assert record_outputs(job, CPU, StopSignal())
+    assert start(world, job, 0, 1).wait(240) == 0
     assert content(job.result) == content(world.whole)
 
 
@@ -202,19 +204,22 @@ def test_other_data_or_another_temperature_are_refused(world: World, tmp_path: P
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_rows_bring_the_outputs_of_their_samples(world: World, workers: int) -> None:
-    teacher_pass = TeacherPass(world.job("rows"), CPU)
-    outputs = reader(world.whole)
+def test_rows_bring_the_outputs_of_their_samples(
+    world: World, workers: int, tmp_path: Path
+) -> None:
     plan = [[4, 1], [0, 5, 2]]
-    rows = PlannedRows(teacher_pass.data, teacher_pass.visual, plan, outputs)
-    for samples, row in zip(plan, row_loader(rows, workers, CPU), strict=True):
-        assert isinstance(row, RecordedRow) and row.record_indexes == samples
+    job, out = tmp_path / "job.json", tmp_path / "rows.json"
+    job.write_text(world.job("rows").model_dump_json(), encoding="utf-8")
+    arguments = [str(job), str(world.whole), str(out), json.dumps(plan), str(workers)]
+    subprocess.run(
+        [sys.executable, "-m", "tests.recorded_rows_process", *arguments], cwd=ROOT, check=True
+    )
+    outputs = reader(world.whole)
+    for samples, row in zip(plan, json.loads(out.read_text(encoding="utf-8")), strict=True):
         expected, relations = outputs.of_samples(samples)
-        moved = row.to(CPU)
-        assert isinstance(moved, RecordedRow)
-        assert torch.equal(moved.outputs.rows.ids, expected.ids)
-        for found, one in zip(moved.outputs.relations, relations, strict=True):
-            assert torch.equal(found.centred, one.centred)
+        assert row["records"] == samples
+        assert row["ids"] == expected.ids.tolist()
+        assert row["relations"] == [relation.centred.tolist() for relation in relations]
 
 
 def test_ranks_share_the_rows_of_each_step() -> None:
