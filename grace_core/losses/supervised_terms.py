@@ -7,6 +7,8 @@ has to outlive the call: the gradient is written over the logits, which are not 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -98,16 +100,43 @@ def plain_terms_and_gradient_(
     with_gradient: bool,
 ) -> Tensor:
     """The same by autograd over the terms' own functions."""
+
+    def gated_sum(logits: Tensor) -> Tensor:
+        if teacher_logits_NV is None or gates_N is None:
+            return logits.new_zeros(())
+        return (gates_N * _distillation(distillation, logits, teacher_logits_NV, labels_N)).sum()
+
+    return terms_by_autograd_(
+        logits_NV,
+        labels_N,
+        gated_sum,
+        cross_entropy_weight=cross_entropy_weight,
+        distillation_weight=distillation_weight,
+        with_gradient=with_gradient,
+    )
+
+
+def terms_by_autograd_(
+    logits_NV: Tensor,
+    labels_N: Tensor,
+    gated_sum: Callable[[Tensor], Tensor],
+    *,
+    cross_entropy_weight: float,
+    distillation_weight: float,
+    with_gradient: bool,
+) -> Tensor:
+    """Sums and gradient as :func:`terms_and_gradient_` says, for any kind of distillation.
+
+    Args:
+        gated_sum: of the student's logits, at least fp32: sum_i g_i KD_i.
+    """
     # The copy makes both terms' gradients meet in fp32, to be rounded once.
     dtype = torch.promote_types(logits_NV.dtype, torch.float32)
     leaf = logits_NV.detach().to(dtype)
     with torch.set_grad_enabled(with_gradient):
         leaf.requires_grad_(with_gradient)
         cross_entropy = cross_entropy_sum(leaf, labels_N)
-        distilled = torch.zeros_like(cross_entropy)
-        if teacher_logits_NV is not None and gates_N is not None:
-            per_token = _distillation(distillation, leaf, teacher_logits_NV, labels_N)
-            distilled = (gates_N * per_token).sum()
+        distilled = gated_sum(leaf)
         loss = cross_entropy_weight * cross_entropy + distillation_weight * distilled
     if with_gradient:
         logits_NV.copy_(torch.autograd.grad(loss, leaf)[0])

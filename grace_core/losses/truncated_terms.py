@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from grace_core.config.model import Distillation
-from grace_core.losses.cross_entropy import cross_entropy_sum
 from grace_core.losses.distillation import expected_log_ratio, target_divergence
 from grace_core.losses.kernel_choice import kernels_for
+from grace_core.losses.supervised_terms import terms_by_autograd_
 from grace_core.losses.truncated_distillation import term_weights, truncated_distillation
 from grace_core.losses.truncated_teacher import ABSENT, TruncatedRows
 
@@ -76,17 +76,19 @@ def plain_truncated_terms_and_gradient_(
     with_gradient: bool,
 ) -> Tensor:
     """The same by autograd over the terms' own functions."""
-    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
-    leaf = logits_NV.detach().to(dtype)
-    with torch.set_grad_enabled(with_gradient):
-        leaf.requires_grad_(with_gradient)
-        cross_entropy = cross_entropy_sum(leaf, labels_N)
-        per_token = truncated_distillation(distillation, leaf, labels_N, teacher)
-        distilled = (teacher.gates * per_token).sum()
-        loss = cross_entropy_weight * cross_entropy + distillation_weight * distilled
-    if with_gradient:
-        logits_NV.copy_(torch.autograd.grad(loss, leaf)[0])
-    return torch.stack([cross_entropy, distilled]).detach()
+
+    def gated_sum(logits: Tensor) -> Tensor:
+        per_token = truncated_distillation(distillation, logits, labels_N, teacher)
+        return (teacher.gates * per_token).sum()
+
+    return terms_by_autograd_(
+        logits_NV,
+        labels_N,
+        gated_sum,
+        cross_entropy_weight=cross_entropy_weight,
+        distillation_weight=distillation_weight,
+        with_gradient=with_gradient,
+    )
 
 
 @torch.no_grad()
