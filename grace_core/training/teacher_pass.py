@@ -95,13 +95,14 @@ class TeacherPass:
         own = range(dist.get_rank(), self.shards, dist.get_world_size())
         missing = [number for number in own if not shard_file(self.job.shards, number).exists()]
         events = self._events() if dist.get_rank() == 0 else None
-        plan = [samples for number in missing for samples in self._rows_of(number)]
+        rows_of = {number: self._rows_of(number) for number in missing}
+        plan = [samples for of_shard in rows_of.values() for samples in of_shard]
         planned = PlannedRows(self.data, self.visual, plan)
         rows = iter(row_loader(planned, self.job.training.data_workers, self.device))
         try:
-            for number in missing:
+            for number, of_shard in rows_of.items():
                 made: list[SampleOutputs] = []
-                for samples in self._rows_of(number):
+                for samples in of_shard:
                     if stop.requested:
                         return False
                     made += self._of_row(samples, next(rows))
@@ -146,12 +147,11 @@ class TeacherPass:
             temperature=self.job.temperature,
             logits_bytes=self.job.training.logits_mib * 2**20,
         ).moved(Tensor.cpu)
-        pictures = iter(states.visual)
+        pictures = iter(teacher_relations(states.visual))
         found, first = [], 0
         for sample in samples:
             last = first + self.supervised[sample]
-            of_sample = [next(pictures) for _ in range(self.pictures[sample])]
-            relations = [stored_relation(each) for each in teacher_relations(of_sample)]
+            relations = [stored_relation(next(pictures)) for _ in range(self.pictures[sample])]
             found.append(SampleOutputs(rows.part(slice(first, last)), relations))
             first = last
         assert first == len(rows), "a row's supervised tokens are its samples'"
