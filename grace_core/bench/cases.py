@@ -39,7 +39,7 @@ HEAD_STD = 0.02
 
 @dataclass(frozen=True)
 class Goal:
-    """What issue and documentation ask for on one H200."""
+    """What is asked for on one H200."""
 
     milliseconds: float | None = None
     memory_gib: float | None = None

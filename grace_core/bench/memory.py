@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from rich.table import Table
 
+from grace_core.bench.markdown import markdown_table
 from grace_core.bench.training_step import InMemoryTrainer, process_group, training_job
 from grace_core.bench.workbench import Workbench
 from grace_core.config.model import Precision
@@ -129,8 +130,7 @@ class MemoryTable:
 
     def to_markdown(self) -> str:
         """For documents."""
-        rows: Iterable[tuple[str, ...]] = (_COLUMNS, ("---",) * len(_COLUMNS), *self._rows())
-        return "\n".join([f"{self._heading()}\n", *(f"| {' | '.join(row)} |" for row in rows), ""])
+        return markdown_table(self._heading(), _COLUMNS, self._rows())
 
     def to_rich(self) -> Table:
         """For the terminal."""

@@ -13,6 +13,7 @@ import torch
 from rich.table import Table
 
 from grace_core.artifacts import Artifact
+from grace_core.bench.markdown import markdown_table
 from grace_core.bench.measure import GIB
 from grace_core.events import Event
 
@@ -135,8 +136,7 @@ class PipelineCosts:
 
     def to_markdown(self) -> str:
         """For documents."""
-        rows: Iterable[tuple[str, ...]] = (_COLUMNS, ("---",) * len(_COLUMNS), *self._rows())
-        return "\n".join([f"{self._heading()}\n", *(f"| {' | '.join(row)} |" for row in rows), ""])
+        return markdown_table(self._heading(), _COLUMNS, self._rows())
 
     def to_rich(self) -> Table:
         """For the terminal."""

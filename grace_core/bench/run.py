@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -122,14 +121,13 @@ class Bench:
             goal = None
         log.info("%s", case.name)
         failures: list[str] = []
-        line = Line(case.name, case.title, goal)
         try:
             with case.prepare(self._work) as prepared:
                 line = self._measured(case, goal, prepared, ceilings, failures)
         except Exception as error:  # whatever it is, the other rows are worth having
+            log.warning("%s: %s", case.name, _told(error), exc_info=True)
             failures.append(_told(error))
             line = Line(case.name, case.title, goal, failures=tuple(failures))
-        gc.collect()
         self._meter.clear()
         return line
 
@@ -161,8 +159,8 @@ class Bench:
     def _attempt(self, which: str, runner: Runner, failures: list[str]) -> Measured | None:
         try:
             return self._meter.measure(runner)
-        except Exception as error:
-            log.warning("%s", _told(error), exc_info=True)
+        except Exception as error:  # whatever it is, the other implementation is measured too
+            log.warning("%s: %s", which, _told(error), exc_info=True)
             failures.append(f"{which}: {_told(error)}")
         # The traceback, gone by now, held on to tensors.
         runner.reset()

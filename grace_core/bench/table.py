@@ -11,6 +11,7 @@ from rich.table import Table
 
 from grace_core.bench.cases import Goal
 from grace_core.bench.floors import Ceilings
+from grace_core.bench.markdown import markdown_table
 from grace_core.bench.measure import Measured
 from grace_core.errors import GraceError
 
@@ -158,10 +159,7 @@ class BenchTable:
 
     def to_markdown(self) -> str:
         """For documents."""
-        rows = [_COLUMNS, ("---",) * len(_COLUMNS), *map(_cells, self.lines)]
-        text = [f"{self.heading()}\n", *(f"| {' | '.join(row)} |" for row in rows)]
-        text += ["", *self._notes()]
-        return "\n".join(text) + "\n"
+        return markdown_table(self.heading(), _COLUMNS, map(_cells, self.lines), self._notes())
 
     def to_rich(self) -> Table:
         """For the terminal."""
