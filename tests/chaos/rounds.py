@@ -89,15 +89,20 @@ class Campaign:
 
     def not_shown(self) -> list[str]:
         """Kinds of faults that never happened, and parts of a run in which none did."""
-        happened = [fault for item in self.rounds for fault in item.faults]
-        kinds = {fault.fault.partition(":")[0] for fault in happened}
-        places = {fault.stage for fault in happened}
+        kinds = self._happened()
+        places = {fault.stage for item in self.rounds for fault in item.faults}
         expected = (*(fault.name for fault in FAULTS), *_DAMAGED)
         missing = [f"never happened: {kind}" for kind in expected if kind not in kinds]
         missing += [f"nothing failed in {place}" for place in _LONG if place not in places]
         if not places - set(_LONG):
             missing.append("nothing failed in or between the short stages")
         return missing
+
+    def _happened(self) -> Counter[str]:
+        """How often each kind of fault happened."""
+        return Counter(
+            fault.fault.partition(":")[0] for item in self.rounds for fault in item.faults
+        )
 
     def run(self, faults: int, deadline: float) -> None:
         """An undisturbed round, then others until so many faults happened or time is up.
@@ -142,7 +147,7 @@ class Campaign:
                 self.reference = found
             this.problems += differences(self.reference, found)
             this.problems += open_runs(self._servers.mlflow_address, flow_runs)
-        if not this.problems:
+        if not this.problems and not any(attempt.problems for attempt in this.attempts):
             shutil.rmtree(run_dir)
 
     def _plan(self, run_dir: Path) -> list[Planned]:
@@ -180,7 +185,7 @@ class Campaign:
         """
         possible = [fault for fault in faults if set(fault.stages) & set(left)]
         mixed = self._chance.sample(possible, len(possible))
-        happened = Counter(fault.fault for item in self.rounds for fault in item.faults)
+        happened = self._happened()
         chosen = min(
             mixed,
             key=lambda fault: (
@@ -191,21 +196,18 @@ class Campaign:
         self._planned_kinds[chosen.name] += 1
         return chosen
 
-    def _damaged_both(self) -> bool:
-        return not [missing for missing in self.not_shown() if missing.endswith(_DAMAGED)]
-
     def _damage(self, run_dir: Path) -> Injected | None:
         """Now and then, between two attempts, damage what the next one reads first."""
         spared = self._chance.random() < 0.4
-        if not run_dir.joinpath("artifacts").is_dir() or (spared and self._damaged_both()):
+        spared = spared and all(self._happened()[kind] for kind in _DAMAGED)
+        if spared or not run_dir.joinpath("artifacts").is_dir():
             return None
         checkpoints = sorted((run_dir / "work").glob("*/checkpoints/step-*"))
         if checkpoints:
             stage = checkpoints[-1].parent.parent.name.rpartition("-")[0]
             file = self._chance.choice(_with_content(checkpoints[-1]))
             return Injected(f"checkpoint: {damage(file, self._chance)}", stage, 0.0)
-        done = finished_stages(run_dir)
-        next_stage = next((stage for stage in STAGES[1:] if stage not in done), "")
+        next_stage = _left(run_dir)[1]  # after the start
         found = [
             folder
             for folder in artifacts(run_dir)
