@@ -61,6 +61,7 @@ def _fragment(parameter: Tensor) -> GradientShare | None:
     if mapping is None:
         return None
     where = mapping.lp_fragment_address
+    # DeepSpeed sets it on parameters with a mapping; a type checker cannot see it.
     gradient = mapping.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
     assert gradient.numel() == where.numel, (
         f"DeepSpeed keeps {gradient.numel()} elements of a gradient where {where.numel} are meant"
