@@ -7,7 +7,7 @@ where its image tokens are.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,9 @@ from torch import Tensor, nn
 
 from grace_core.models.families import Family, decoder_layers
 from grace_core.models.rows import PackedRow
+from grace_core.models.segments import Segments
 from grace_core.models.vision_arguments import vision_arguments
+from grace_core.models.visual_inputs import Grid
 
 # dims: L tokens of the row, N supervised tokens, V image tokens, d width,
 #       n visual tokens of one picture
@@ -39,7 +41,7 @@ def row_states(model: Any, family: Family, row: PackedRow) -> RowStates:
 
     The model was loaded for packed rows (`load_model(..., attention="packed")`).
     """
-    pictures, deepstack = _picture_features(model, family, row)
+    pictures, deepstack = picture_features(model, family, row.pictures, row.grids, row.frames)
     embedded = model.get_input_embeddings()(row.input_ids)
     embedded = embedded.index_copy(1, row.image_places, pictures.to(embedded.dtype)[None])
     arguments: dict[str, Any] = {}
@@ -61,12 +63,27 @@ def row_states(model: Any, family: Family, row: PackedRow) -> RowStates:
     )
 
 
-def _picture_features(model: Any, family: Family, row: PackedRow) -> tuple[Tensor, list[Tensor]]:
-    """(V, d) that take the image tokens' places, and (V, d) of each deepstack layer."""
-    arguments: dict[str, Any] = dict(row.pictures)
+def picture_features(
+    model: Any,
+    family: Family,
+    pictures: Mapping[str, Tensor],
+    grids: list[Grid],
+    frames: Segments,
+) -> tuple[Tensor, list[Tensor]]:
+    """What the vision tower and the connector make of pictures.
+
+    Args:
+        pictures: the model's picture arguments, on its device; grids stay on the CPU.
+        grids: of all pictures, in order.
+        frames: patches of each frame, on the model's device.
+
+    Returns:
+        (V, d) that take the image tokens' places, and (V, d) of each deepstack layer.
+    """
+    arguments: dict[str, Any] = dict(pictures)
     if family.positions == "multimodal":
         tower = model.get_submodule(family.vision)
-        arguments |= vision_arguments(tower, row.grids, row.frames, row.input_ids.device)
+        arguments |= vision_arguments(tower, grids, frames, frames.cumulative.device)
     output = model.model.get_image_features(**arguments, return_dict=True)
     layers = getattr(output, "deepstack_features", None) or []
     # A tensor up to transformers 5.17, one tensor for each picture later.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
+from grace_core.models.cached_attention import cached_attention
 from grace_core.models.families import Family, decoder_layers
 from grace_core.models.kernels import Kernels, best_kernels
 from grace_core.models.packed_attention import attend, flash_obstacle
@@ -111,7 +112,7 @@ def _gated_mlp(kernels: Kernels) -> Callable[..., Tensor]:
 
 
 def _is_decoder_attention(module: nn.Module) -> bool:
-    parts = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling")
+    parts = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "layer_idx")
     return (
         all(hasattr(module, part) for part in parts)
         and hasattr(module, "q_norm") == hasattr(module, "k_norm")
@@ -128,11 +129,12 @@ def _decoder_attention(kernels: Kernels) -> Callable[..., tuple[Tensor, None]]:
         attention_mask: Tensor | None = None,
         past_key_values: Any = None,
         *,
-        segments: Segments,
-        **_: Any,
+        segments: Segments | None = None,
+        **_other: Any,
     ) -> tuple[Tensor, None]:
-        """Causal attention of each sample of a row, (1, L, d), to itself."""
-        assert attention_mask is None and past_key_values is None, "only packed rows come here"
+        """Causal attention of each sample of a row, (1, L, d), to itself; with a cache, as
+        `cached_attention` says.
+        """
         shape = (*hidden_states.shape[:-1], -1, self.head_dim)
         query = self.q_proj(hidden_states).view(shape)
         key = self.k_proj(hidden_states).view(shape)
@@ -140,8 +142,23 @@ def _decoder_attention(kernels: Kernels) -> Callable[..., tuple[Tensor, None]]:
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         query, key = kernels.turn(query, key, *position_embeddings)
-        attended = attend(query[0], key[0], value[0], segments, scale=self.scaling, causal=True)
-        return self.o_proj(attended.flatten(1)[None]), None
+        if past_key_values is None:
+            assert attention_mask is None and segments is not None, "only packed rows come here"
+            attended = attend(query[0], key[0], value[0], segments, scale=self.scaling, causal=True)
+            return self.o_proj(attended.flatten(1)[None]), None
+        keys, values = past_key_values.update(
+            key.transpose(1, 2), value.transpose(1, 2), self.layer_idx
+        )
+        attended, _ = cached_attention(
+            self,
+            query.transpose(1, 2),
+            keys,
+            values,
+            attention_mask,
+            scaling=self.scaling,
+            segments=segments,
+        )
+        return self.o_proj(attended.flatten(2)), None
 
     return forward
 

@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 
 from grace_core.config.model import CheckpointSource
 from grace_core.errors import GraceError
+from grace_core.models.cached_attention import CACHED
 from grace_core.models.deepstack import add_deepstack
 from grace_core.models.families import Family, family_of
 from grace_core.models.packed_attention import PACKED
@@ -105,12 +106,12 @@ def load_model(
     *,
     device: torch.device | str,
     dtype: torch.dtype = torch.bfloat16,
-    attention: Literal["packed", "sdpa"] = "sdpa",
+    attention: Literal["packed", "cached", "sdpa"] = "sdpa",
 ) -> Any:
     """The model in evaluation mode.
 
-    attention: `packed` for packed training rows, `sdpa` for padded batches and generation. The
-    vision tower always uses sdpa.
+    attention: `packed` for packed training rows, `cached` for the evaluation's generation, `sdpa`
+    for the library's own forward pass and `generate`. The vision tower always uses sdpa.
     """
     model = AutoModelForImageTextToText.from_pretrained(
         checkpoint.path, dtype=dtype, trust_remote_code=False, attn_implementation="sdpa"
@@ -121,14 +122,20 @@ def load_model(
         # can be called alone.
         with torch.no_grad():
             model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=device))
-    if attention == "packed":
-        expect_packed_rows(model, checkpoint.family)
+    if attention != "sdpa":
+        expect_packed_rows(model, checkpoint.family, attention)
     return model
 
 
-def expect_packed_rows(model: Any, family: Family) -> None:
-    """Make this model, and no other of its class, take what `forward` hands to its decoder."""
-    model.set_attn_implementation({"text_config": PACKED, "vision_config": "sdpa"})
+def expect_packed_rows(
+    model: Any, family: Family, attention: Literal["packed", "cached"] = "packed"
+) -> None:
+    """Make this model, and no other of its class, take what `forward` hands to its decoder.
+
+    With `cached`, rows of prompts that go into a cache, too, and new tokens after them.
+    """
+    name = CACHED if attention == "cached" else PACKED
+    model.set_attn_implementation({"text_config": name, "vision_config": "sdpa"})
     decoder = model.get_submodule(family.decoder)
     if hasattr(decoder, "_deepstack_process"):
         decoder._deepstack_process = add_deepstack
