@@ -66,7 +66,7 @@ class Scored(StandIns):
         context.on_event(
             Event(time.time(), f"evaluate-{label}", 1, "progress", {"done": 1.0, "total": 2.0})
         )
-        scores = {"toy-choice": {"accuracy": {"baseline": 50.0}.get(label, 80.0)}}
+        scores = {"toy-choice": {"headline": {"percent": {"baseline": 50.0}.get(label, 80.0)}}}
         summary = {"label": label, "benchmarks": scores}
         parent = {} if model is None else {"model": model.as_parent()}
         return self._once(

@@ -12,7 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grace_core.evaluation.extract import extract_letter, extract_yes_no
+from grace_core.evaluation.answers.letters import extract_letter
+from grace_core.evaluation.answers.yesno import extract_yes_no
 
 
 @pytest.mark.parametrize(

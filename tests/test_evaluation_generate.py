@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from grace_core.evaluation.benchmarks import Item, Kind
-from grace_core.evaluation.generate import Prediction, generate_answers
+from grace_core.evaluation.generate import generate_answers
+from grace_core.evaluation.items import Picture, Prediction, Question
 from grace_core.models.loading import load_model, load_tokenizer, read_checkpoint
 from grace_core.models.visual_inputs import VisualInputs
 from tests.tiny_models import FAMILIES, save_tiny
@@ -28,7 +28,7 @@ class Loaded:
         self.tokenizer = load_tokenizer(folder)
         self.visual_inputs = VisualInputs(checkpoint)
 
-    def answers(self, items: list[Item], batch_size: int, **changes: Any) -> list[Prediction]:
+    def answers(self, items: list[Question], batch_size: int, **changes: Any) -> list[Prediction]:
         settings = {"max_new_tokens": 6, **changes}
         return generate_answers(
             self.model, self.tokenizer, self.visual_inputs, items, batch_size=batch_size, **settings
@@ -61,7 +61,7 @@ def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 
 @pytest.fixture(scope="module")
-def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
+def items(tmp_path_factory: pytest.TempPathFactory) -> list[Question]:
     folder = tmp_path_factory.mktemp("pictures")
     made = []
     for number in range(11):
@@ -70,15 +70,14 @@ def items(tmp_path_factory: pytest.TempPathFactory) -> list[Item]:
         width, height = SIZES[number % len(SIZES)]
         pixels = torch.randint(0, 256, (height, width, 3), generator=generator, dtype=torch.uint8)
         Image.fromarray(pixels.numpy()).save(file)
-        question = f"What is number {number}" + " and so on" * (number % 4) + "?"
-        choices = {"A": "red", "B": "blue"} if number % 2 else None
-        kind: Kind = "mcq" if choices else "yesno"
-        answer = "A" if choices else "Yes"
-        made.append(Item(f"i{number}", kind, question, choices, answer, "c", file))
+        text = f"What is number {number}" + " and so on" * (number % 4) + "?"
+        if number % 2:
+            text += "\nA. red\nB. blue"
+        made.append(Question(f"i{number}", "open", (Picture(file), text)))
     return made
 
 
-def test_answers_do_not_depend_on_the_batch(loaded: Loaded, items: list[Item]) -> None:
+def test_answers_do_not_depend_on_the_batch(loaded: Loaded, items: list[Question]) -> None:
     alone = loaded.answers(items, batch_size=1)
     together = loaded.answers(items, batch_size=7)
     assert [each.item_id for each in alone] == [item.id for item in items]
@@ -87,7 +86,7 @@ def test_answers_do_not_depend_on_the_batch(loaded: Loaded, items: list[Item]) -
     assert len({each.response for each in alone}) > 1, "a constant answer would prove nothing"
 
 
-def test_answers_are_those_of_a_plain_greedy_loop(loaded: Loaded, items: list[Item]) -> None:
+def test_answers_are_those_of_a_plain_greedy_loop(loaded: Loaded, items: list[Question]) -> None:
     found = {each.item_id: each.response for each in loaded.answers(items, batch_size=4)}
     for item in items[:4]:
         expected, complete = _greedy_loop(loaded, item, steps=6)
@@ -97,14 +96,14 @@ def test_answers_are_those_of_a_plain_greedy_loop(loaded: Loaded, items: list[It
 
 
 @torch.no_grad()
-def _greedy_loop(loaded: Loaded, item: Item, steps: int) -> tuple[str, bool]:
+def _greedy_loop(loaded: Loaded, item: Question, steps: int) -> tuple[str, bool]:
     """One item, no padding, no cache, the whole sequence anew for each token.
 
     Ends early, and says so, where the random model itself utters a picture placeholder: the whole
     sequence could not be put to it again.
     """
     tokenizer, visual = loaded.tokenizer, loaded.visual_inputs
-    picture = Image.open(item.image)
+    (picture,) = (each.open() for each in item.pictures)
     tensors = visual.processor(images=[picture], return_tensors="pt")
     if "image_grid_thw" in tensors:
         count = int(tensors["image_grid_thw"].prod()) // 4
@@ -112,7 +111,7 @@ def _greedy_loop(loaded: Loaded, item: Item, steps: int) -> tuple[str, bool]:
         count = 16
     text = (
         "<|im_start|>user\n<|vision_start|>" + "<|image_pad|>" * count + "<|vision_end|>"
-        f"{item.prompt}<|im_end|>\n<|im_start|>assistant\n"
+        f"{item.content[1]}<|im_end|>\n<|im_start|>assistant\n"
     )
     ids = tokenizer(text, return_tensors="pt")["input_ids"]
     start = ids.shape[1]
@@ -135,7 +134,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
 
 @pytest.mark.parametrize("named_by", ["tokenizer", "checkpoint"])
 def test_a_response_ends_with_the_turn(
-    qwen: Loaded, items: list[Item], named_by: str, monkeypatch: pytest.MonkeyPatch
+    qwen: Loaded, items: list[Question], named_by: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     generate = qwen.model.generate
     produced: list[list[int]] = []
@@ -164,7 +163,7 @@ def test_a_response_ends_with_the_turn(
 
 
 def test_generation_settings_of_the_checkpoint_do_not_matter(
-    qwen: Loaded, items: list[Item]
+    qwen: Loaded, items: list[Question]
 ) -> None:
     plain = qwen.answers(items[:4], batch_size=4)
     settings = qwen.model.generation_config
@@ -176,13 +175,13 @@ def test_generation_settings_of_the_checkpoint_do_not_matter(
 
 
 def test_one_bad_item_costs_no_other_its_answer(
-    qwen: Loaded, items: list[Item], tmp_path: Path
+    qwen: Loaded, items: list[Question], tmp_path: Path
 ) -> None:
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
-    bad = Item("bad", "yesno", "What?", None, "Yes", "c", broken)
-    gone = Item("gone", "yesno", "What?", None, "Yes", "c", tmp_path / "gone.png")
-    sly = Item("sly", "yesno", "What <|image_pad|>?", None, "Yes", "c", items[0].image)
+    bad = Question("bad", "yesno", (Picture(broken), "What?"))
+    gone = Question("gone", "yesno", (Picture(tmp_path / "gone.png"), "What?"))
+    sly = Question("sly", "yesno", (*items[0].pictures, "What <|image_pad|>?"))
     found = qwen.answers([bad, *items[:3], gone, sly], batch_size=8)
     errors = {each.item_id: each.error for each in found if each.error is not None}
     assert set(errors) == {"bad", "gone", "sly"}
@@ -193,7 +192,7 @@ def test_one_bad_item_costs_no_other_its_answer(
 
 
 def test_a_failing_batch_is_asked_again_item_by_item(
-    qwen: Loaded, items: list[Item], monkeypatch: pytest.MonkeyPatch
+    qwen: Loaded, items: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = qwen.answers(items[:5], batch_size=1)
     generate = qwen.model.generate
@@ -207,7 +206,7 @@ def test_a_failing_batch_is_asked_again_item_by_item(
     assert qwen.answers(items[:5], batch_size=5) == expected
 
 
-def test_progress_reaches_the_end(qwen: Loaded, items: list[Item]) -> None:
+def test_progress_reaches_the_end(qwen: Loaded, items: list[Question]) -> None:
     seen: list[tuple[int, int]] = []
     qwen.answers(items, batch_size=4, on_progress=lambda *counts: seen.append(counts))
     assert seen == [(4, 11), (8, 11), (11, 11)]

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from grace_core.errors import GraceError
-from grace_core.evaluation.benchmarks import Benchmark, Item, Kind
-from grace_core.evaluation.generate import Prediction
-from grace_core.evaluation.score import CategoryResult, score
+from grace_core.evaluation.benchmarks.toy import TOY_CHOICE
+from grace_core.evaluation.declaration import Metric
+from grace_core.evaluation.items import Gold, Prediction
+from grace_core.evaluation.score import score
 from grace_core.evaluation.table import Label, ResultRow, ResultsTable, results_table
 
 BENCHMARKS = ("HallB", "MMBench", "ScienceQA", "AI2D", "MMMU", "SEED", "MMStar")
@@ -41,26 +41,34 @@ def published_table() -> ResultsTable:
 CHOICES = {"A": "red", "B": "blue"}
 
 
-def item(name: str, answer: str, category: str) -> Item:
-    mcq = answer in CHOICES
-    kind: Kind = "mcq" if mcq else "yesno"
-    return Item(name, kind, "?", CHOICES if mcq else None, answer, category, Path("none"))
+def gold(name: str, answer: str, category: str) -> Gold:
+    fields = {"category": category}
+    if answer in CHOICES:
+        return Gold(name, "mcq", CHOICES, (answer,), fields)
+    return Gold(name, "yesno", None, (answer,), fields)
 
 
-BENCHMARK = Benchmark(
-    "b", (item("1", "A", "x"), item("2", "B", "x"), item("3", "Yes", "y"), item("4", "No", "y"))
-)
+GOLDS = (gold("1", "A", "x"), gold("2", "B", "x"), gold("3", "Yes", "y"), gold("4", "No", "y"))
 
 
 def test_right_wrong_and_unreadable_answers_are_counted() -> None:
     said = {"1": "The answer is A.", "2": "A", "3": "yes, it is", "4": "perhaps"}
-    result = score(BENCHMARK, [Prediction(name, text) for name, text in said.items()])
-    assert (result.total, result.answered, result.correct) == (4, 4, 2)
+    result = score(TOY_CHOICE, GOLDS, [Prediction(name, text) for name, text in said.items()])
+    assert (result.total, result.answered) == (4, 4)
     assert (result.parse_failures, result.errors, result.missing) == (1, 0, 0)
-    assert result.accuracy == 50.0
-    assert result.categories == {"x": CategoryResult(1, 2), "y": CategoryResult(1, 2)}
+    assert result.metrics == {
+        "policy.accuracy": Metric(50.0, 2, 4),
+        "policy.by_category.x": Metric(50.0, 1, 2),
+        "policy.by_category.y": Metric(50.0, 1, 2),
+    }
     assert result.coverage == "4 of 4 answered, 1 unreadable"
-    assert json.loads(json.dumps(result.to_dict()))["accuracy"] == 50.0
+    written = json.loads(json.dumps(result.to_dict()))
+    assert written["headline"] == {"metric": "policy.accuracy", "percent": 50.0}
+    assert written["metrics"]["policy.accuracy"] == {"percent": 50.0, "correct": 2, "total": 4}
+    assert [item.to_dict() for item in result.items[::3]] == [
+        {"id": "1", "response": said["1"], "error": None, "answer": "A", "correct": True},
+        {"id": "4", "response": "perhaps", "error": None, "answer": "", "correct": False},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -70,19 +78,20 @@ def test_no_headline_unless_every_item_was_answered(
     fourth: list[Prediction], errors: int, missing: int
 ) -> None:
     first = [Prediction("1", "A"), Prediction("2", "B"), Prediction("3", "Yes")]
-    result = score(BENCHMARK, [*first, *fourth])
-    assert (result.answered, result.correct, result.errors) == (3, 3, errors)
-    assert result.missing == missing
+    result = score(TOY_CHOICE, GOLDS, [*first, *fourth])
+    assert (result.answered, result.errors, result.missing) == (3, errors, missing)
+    assert result.metrics["policy.accuracy"] == Metric(100.0, 3, 3)
     assert result.parse_failures == 0, "an error is not an unreadable answer"
-    assert result.accuracy is None
+    assert result.accuracy is None and result.headline is None
+    assert "1 of 4 items" in str(result.to_dict()["headline_refused"])
     assert result.coverage.startswith("3 of 4 answered, 1 ")
 
 
 def test_predictions_of_another_run_are_refused() -> None:
     with pytest.raises(GraceError, match="'9' is of no item"):
-        score(BENCHMARK, [Prediction("9", "A")])
+        score(TOY_CHOICE, GOLDS, [Prediction("9", "A")])
     with pytest.raises(GraceError, match="'1' stands twice"):
-        score(BENCHMARK, [Prediction("1", "A"), Prediction("1", "B")])
+        score(TOY_CHOICE, GOLDS, [Prediction("1", "A"), Prediction("1", "B")])
 
 
 def test_published_averages_and_claims() -> None:

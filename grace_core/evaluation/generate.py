@@ -12,27 +12,14 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from grace_core.data.pictures import open_picture
 from grace_core.errors import GraceError
-from grace_core.evaluation.benchmarks import Item
+from grace_core.evaluation.items import Picture, Prediction, Question
 from grace_core.models.visual_inputs import VisualInputs
-
-MAX_DECODED_PIXELS = 100_000_000
-"""A picture of more is an error of its item."""
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """What came of one item: a response, or the error that kept it from being asked."""
-
-    item_id: str
-    response: str
-    error: str | None = None
 
 
 @dataclass(frozen=True)
 class _Prompt:
-    item: Item
+    question: Question
     input_ids: list[int]
 
 
@@ -40,13 +27,13 @@ def generate_answers(
     model: Any,
     tokenizer: Any,
     visual_inputs: VisualInputs,
-    items: Sequence[Item],
+    questions: Sequence[Question],
     *,
     batch_size: int,
     max_new_tokens: int,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[Prediction]:
-    """One prediction an item, in the order of `items`.
+    """One prediction an item, in the order of `questions`.
 
     Items of similar length are answered together, the longest first, so that a batch that does not
     fit in memory shows at once. Generation is greedy, whatever the checkpoint's own generation
@@ -64,38 +51,47 @@ def generate_answers(
     """
     found: dict[str, Prediction] = {}
     prompts: list[_Prompt] = []
-    for item in items:
+    for question in questions:
         try:
-            prompts.append(_Prompt(item, _encode(item, tokenizer, visual_inputs)))
+            prompts.append(_Prompt(question, _encode(question, tokenizer, visual_inputs)))
         except Exception as error:
-            found[item.id] = _failed(item, error)
+            found[question.id] = _failed(question, error)
     prompts.sort(key=lambda prompt: len(prompt.input_ids), reverse=True)
     settings = _greedy(model, tokenizer, max_new_tokens)
     for batch in _batches(prompts, batch_size):
         for prediction in _ask(model, tokenizer, visual_inputs, batch, settings):
             found[prediction.item_id] = prediction
         if on_progress is not None:
-            on_progress(len(found), len(items))
-    return [found[item.id] for item in items]
+            on_progress(len(found), len(questions))
+    return [found[question.id] for question in questions]
 
 
-def _encode(item: Item, tokenizer: Any, visual_inputs: VisualInputs) -> list[int]:
-    """Token ids of the chat with the picture's placeholder expanded to one token each patch."""
-    content = [{"type": "image"}, {"type": "text", "text": item.prompt}]
+def _encode(question: Question, tokenizer: Any, visual_inputs: VisualInputs) -> list[int]:
+    """Token ids of the chat with each picture's placeholder expanded to one token each patch."""
+    content = [
+        {"type": "image"} if isinstance(part, Picture) else {"type": "text", "text": part}
+        for part in question.content
+    ]
     text = tokenizer.apply_chat_template(
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     begins_itself = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    ids = tokenizer(text, add_special_tokens=not begins_itself)["input_ids"]
+    ids: list[int] = tokenizer(text, add_special_tokens=not begins_itself)["input_ids"]
     placeholder = visual_inputs.image_token_id
-    if ids.count(placeholder) != 1:
+    pictures = question.pictures
+    if ids.count(placeholder) != len(pictures):
         raise GraceError(
-            f"the prompt of item {item.id} holds {ids.count(placeholder)} picture placeholders "
-            "instead of 1; remove the placeholder from the question's text"
+            f"the prompt of item {question.id} holds {ids.count(placeholder)} picture placeholders "
+            f"instead of {len(pictures)}; remove the placeholder from the question's text"
         )
-    _, count = visual_inputs.grid_and_tokens(open_picture(item.image, MAX_DECODED_PIXELS))
-    at = ids.index(placeholder)
-    return [*ids[:at], *[placeholder] * count, *ids[at + 1 :]]
+    waiting = iter(pictures)
+    expanded: list[int] = []
+    for token in ids:
+        count = 1
+        if token == placeholder:
+            _, count = visual_inputs.grid_and_tokens(next(waiting).open())
+        expanded += [token] * count
+    return expanded
 
 
 def _ask(
@@ -109,13 +105,13 @@ def _ask(
         responses = _respond(model, tokenizer, visual_inputs, batch, settings)
     except Exception as error:
         if len(batch) == 1:
-            yield _failed(batch[0].item, error)
+            yield _failed(batch[0].question, error)
             return
         for prompt in batch:
             yield from _ask(model, tokenizer, visual_inputs, [prompt], settings)
         return
     for prompt, response in zip(batch, responses, strict=True):
-        yield Prediction(prompt.item.id, response)
+        yield Prediction(prompt.question.id, response)
 
 
 def _respond(
@@ -133,12 +129,11 @@ def _respond(
         start = longest - len(prompt.input_ids)
         input_ids[row, start:] = torch.tensor(prompt.input_ids)
         attention_mask[row, start:] = 1
+    pictures = [picture.open() for prompt in batch for picture in prompt.question.pictures]
     inputs = {
         "input_ids": input_ids,
         "attention_mask": attention_mask,
-        **visual_inputs.tensors(
-            [open_picture(prompt.item.image, MAX_DECODED_PIXELS) for prompt in batch]
-        ),
+        **(visual_inputs.tensors(pictures) if pictures else {}),
         **visual_inputs.token_types(input_ids),
     }
     output = model.generate(
@@ -179,5 +174,5 @@ def _batches(prompts: Sequence[_Prompt], size: int) -> Iterator[Sequence[_Prompt
         yield prompts[start : start + size]
 
 
-def _failed(item: Item, error: Exception) -> Prediction:
-    return Prediction(item.id, "", f"{type(error).__name__}: {error}")
+def _failed(question: Question, error: Exception) -> Prediction:
+    return Prediction(question.id, "", f"{type(error).__name__}: {error}")

@@ -2,42 +2,62 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from grace_core.errors import GraceError
-from grace_core.evaluation.benchmarks import Benchmark, Item
-from grace_core.evaluation.extract import extract_letter, extract_yes_no
-from grace_core.evaluation.generate import Prediction
+from grace_core.evaluation.declaration import Benchmark, Marked, Metric, Metrics, Reading
+from grace_core.evaluation.items import Gold, Prediction
 
 
 @dataclass(frozen=True)
-class CategoryResult:
-    """Right answers among all items of a category, missing and failed ones included."""
+class ItemScore:
+    """What came of one item under the headline's rule."""
 
-    correct: int
-    total: int
+    gold: Gold
+    prediction: Prediction | None
+    reading: Reading | None
+    """None without a response to judge."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"id", "response", "error", "answer", "correct"}`; None where there is no such thing."""
+        return {
+            "id": self.gold.id,
+            "response": None if self.prediction is None else self.prediction.response,
+            "error": None if self.prediction is None else self.prediction.error,
+            "answer": None if self.reading is None else self.reading.answer,
+            "correct": None if self.reading is None else self.reading.correct,
+        }
 
 
 @dataclass(frozen=True)
-class BenchmarkResult:
+class BenchmarkScore:
     """Score of one model on one benchmark. Counts are items."""
 
-    name: str
-    total: int
-    answered: int
-    """Items with a response; the rest were never asked or ended in an error."""
+    benchmark: Benchmark
+    items: tuple[ItemScore, ...]
+    metrics: Metrics
+    """Of every rule, each name with the rule's before it; of the judged items, if some miss."""
 
-    correct: int
-    parse_failures: int
-    """Responses that no answer could be read from; they count as wrong."""
+    headline_refused: str | None
+    """Why no number may stand for the benchmark."""
 
-    errors: int
-    """Items that ended in an exception; they count as not answered, not as wrong."""
+    @property
+    def total(self) -> int:
+        return len(self.items)
 
-    categories: dict[str, CategoryResult]
+    @property
+    def answered(self) -> int:
+        """Items with a response; the rest were never asked or ended in an error."""
+        return sum(item.reading is not None for item in self.items)
+
+    @property
+    def errors(self) -> int:
+        """Items that ended in an exception; they count as not answered, not as wrong."""
+        return sum(
+            item.prediction is not None and item.prediction.error is not None for item in self.items
+        )
 
     @property
     def missing(self) -> int:
@@ -45,9 +65,23 @@ class BenchmarkResult:
         return self.total - self.answered - self.errors
 
     @property
+    def parse_failures(self) -> int:
+        """Responses that the headline's rule reads nothing from; they count as wrong."""
+        return sum(item.reading is not None and not item.reading.answer for item in self.items)
+
+    @property
+    def headline(self) -> tuple[str, Metric] | None:
+        """The metric that stands for the benchmark, and its value; None where it is refused."""
+        if self.headline_refused is not None:
+            return None
+        return next(
+            (name, self.metrics[name]) for name in self.benchmark.headline if name in self.metrics
+        )
+
+    @property
     def accuracy(self) -> float | None:
-        """Percent of all items; None, hence no headline, unless every item was answered."""
-        return 100.0 * self.correct / self.total if self.answered == self.total else None
+        """The headline in percent; None where it is refused."""
+        return None if self.headline is None else self.headline[1].percent
 
     @property
     def coverage(self) -> str:
@@ -58,53 +92,57 @@ class BenchmarkResult:
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON, the derived values included."""
-        return {**asdict(self), "missing": self.missing, "accuracy": self.accuracy}
+        """Plain JSON, without the items."""
+        headline = None
+        if self.headline is not None:
+            headline = {"metric": self.headline[0], "percent": self.headline[1].percent}
+        return {
+            "benchmark": self.benchmark.name,
+            "rules": {rule.name: rule.source for rule in self.benchmark.rules},
+            "total": self.total,
+            "answered": self.answered,
+            "errors": self.errors,
+            "missing": self.missing,
+            "parse_failures": self.parse_failures,
+            "headline": headline,
+            "headline_refused": self.headline_refused,
+            "metrics": {name: vars(metric) for name, metric in self.metrics.items()},
+        }
 
 
-def read_answer(item: Item, response: str) -> str:
-    """The answer that a response gives to its item; "" is a parse failure."""
-    if item.kind == "mcq":
-        assert item.choices is not None
-        return extract_letter(response, item.choices)
-    said = extract_yes_no(response)
-    return "" if said == "Unknown" else said
-
-
-def score(benchmark: Benchmark, predictions: Iterable[Prediction]) -> BenchmarkResult:
-    """Compare predictions with the benchmark's answers.
+def score(
+    benchmark: Benchmark, golds: Sequence[Gold], predictions: Iterable[Prediction]
+) -> BenchmarkScore:
+    """Judge predictions by every rule of the benchmark.
 
     Raises GraceError when an item has two predictions or a prediction has no item, which happens
     when files of different runs are mixed.
     """
-    items = {item.id: item for item in benchmark.items}
-    seen: set[str] = set()
-    correct: Counter[str] = Counter()
-    parse_failures = errors = 0
+    known = {gold.id for gold in golds}
+    found: dict[str, Prediction] = {}
     for prediction in predictions:
-        if prediction.item_id not in items or prediction.item_id in seen:
-            what = "stands twice" if prediction.item_id in seen else "is of no item"
+        if prediction.item_id not in known or prediction.item_id in found:
+            what = "stands twice" if prediction.item_id in found else "is of no item"
             raise GraceError(
                 f"{benchmark.name}: prediction {prediction.item_id!r} {what}; score the "
                 "predictions of one run of this very benchmark"
             )
-        seen.add(prediction.item_id)
-        if prediction.error is not None:
-            errors += 1
-            continue
-        item = items[prediction.item_id]
-        answer = read_answer(item, prediction.response)
-        parse_failures += not answer
-        correct[item.category] += answer == item.answer
-    totals = Counter(item.category for item in benchmark.items)
-    return BenchmarkResult(
-        name=benchmark.name,
-        total=len(items),
-        answered=len(seen) - errors,
-        correct=correct.total(),
-        parse_failures=parse_failures,
-        errors=errors,
-        categories={
-            name: CategoryResult(correct[name], count) for name, count in sorted(totals.items())
-        },
-    )
+        found[prediction.item_id] = prediction
+    metrics: Metrics = {}
+    items: tuple[ItemScore, ...] = ()
+    for rule in benchmark.rules:
+        marked = []
+        for gold in golds:
+            said = found.get(gold.id)
+            if said is None or said.error is not None:
+                marked.append(Marked(gold, None))
+            else:
+                marked.append(Marked(gold, rule.read(gold, said.response)))
+        metrics |= {f"{rule.name}.{name}": m for name, m in benchmark.metrics(marked).items()}
+        if benchmark.headline[0].startswith(f"{rule.name}."):
+            items = tuple(
+                ItemScore(each.gold, found.get(each.gold.id), each.reading) for each in marked
+            )
+    unjudged = sum(item.reading is None for item in items)
+    refused = f"{unjudged} of {len(items)} items have no answer" if unjudged else None
+    return BenchmarkScore(benchmark, items, metrics, refused)

@@ -81,7 +81,10 @@ def table_of(evaluations: Mapping[str, Artifact]) -> ResultsTable:
             continue
         file = evaluations[label].path / "results.json"
         summary = json.loads(file.read_text(encoding="utf-8"))
-        scores = {name: result["accuracy"] for name, result in summary["benchmarks"].items()}
+        scores = {
+            name: None if result["headline"] is None else result["headline"]["percent"]
+            for name, result in summary["benchmarks"].items()
+        }
         rows.append(ResultRow(label, scores, summary.get("held_out_loss")))
     return results_table(rows)
 

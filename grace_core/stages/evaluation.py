@@ -12,10 +12,11 @@ from grace_core.artifacts import Artifact, ArtifactWriter
 from grace_core.config.model import GraceConfig
 from grace_core.data.prepare import HELD_OUT
 from grace_core.errors import GraceError
-from grace_core.evaluation.benchmarks import load_benchmark
+from grace_core.evaluation.benchmarks import find_benchmark
 from grace_core.evaluation.generate import generate_answers
 from grace_core.evaluation.held_out import held_out_loss
 from grace_core.evaluation.score import score
+from grace_core.evaluation.sources import load_items
 from grace_core.models.loading import (
     CheckpointFolder,
     load_model,
@@ -87,36 +88,36 @@ def _evaluate(
     (writer.path / "predictions").mkdir()
     results = {}
     chosen = {
-        name: load_benchmark(benchmarks.path / name).first(settings.items)
+        name: load_items(find_benchmark(name), benchmarks.path / name)[: settings.items]
         for name in settings.benchmarks
     }
     held_out = 0 if data is None else int(data.manifest.metrics["held_out"])
-    total = held_out + sum(len(benchmark.items) for benchmark in chosen.values())
+    total = held_out + sum(len(items) for items in chosen.values())
     before = 0  # questions of the benchmarks that are done
 
     def report(name: str, done: int, _of: int) -> None:
         values = {name: float(done), "done": float(before + done), "total": float(total)}
         context.on_event(progress(f"evaluate-{label}", before + done, values))
 
-    for name, benchmark in chosen.items():
+    for name, items in chosen.items():
         predictions = generate_answers(
             model,
             tokenizer,
             visual,
-            benchmark.items,
+            [item.question for item in items],
             batch_size=settings.batch_size,
             max_new_tokens=settings.max_new_tokens,
             on_progress=partial(report, name),
         )
-        before += len(benchmark.items)
-        result = score(benchmark, predictions)
+        before += len(items)
+        result = score(find_benchmark(name), [item.gold for item in items], predictions)
         results[name] = result.to_dict()
         if result.accuracy is not None:
             writer.metrics[name] = result.accuracy
         writer.metrics[f"{name}/parse_failures"] = float(result.parse_failures)
         writer.metrics[f"{name}/answered_percent"] = 100.0 * result.answered / result.total
         with (writer.path / "predictions" / f"{name}.jsonl").open("w", encoding="utf-8") as file:
-            file.writelines(json.dumps(vars(item)) + "\n" for item in predictions)
+            file.writelines(json.dumps(item.to_dict()) + "\n" for item in result.items)
     summary: dict[str, Any] = {"label": label, "benchmarks": results}
     if data is not None:
         del model

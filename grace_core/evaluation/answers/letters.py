@@ -1,17 +1,14 @@
-"""What an answer says: a letter, yes or no, or nothing that can be read.
+"""The option letter that a response settles on, or none.
 
-An answer that cannot be read is a *parse failure*: it scores as wrong and is counted on its own,
-never turned into a guess. The letter rule follows lmms-eval's rewritten extractor (containers over
-declarations over bare labels); the yes/no rule is VLMEvalKit's `YOrN_Extraction`.
+A response that settles on none is a *parse failure*: it scores as wrong and is counted on its own,
+never turned into a guess. The rule follows lmms-eval's rewritten extractor: containers over
+declarations over bare labels.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Literal
-
-YesNo = Literal["Yes", "No", "Unknown"]
 
 _OPEN = r"[\s*_`\"'“‘(\[{$]*"
 _CLOSE = r"[*_`\"'”’)\]}$.,:;!?]*"
@@ -83,14 +80,6 @@ def extract_letter(response: str, letters: Collection[str]) -> str:
     return found if found in letters else ""
 
 
-def extract_yes_no(response: str) -> YesNo:
-    """Say Yes or No when exactly one of the two stands in `response` as a word, else "Unknown"."""
-    words = set(_without_punctuation(response.lower()).split())
-    if ("yes" in words) == ("no" in words):
-        return "Unknown"
-    return "Yes" if "yes" in words else "No"
-
-
 def _last_declaration(text: str) -> str | None:
     """Letter of the last declaration; "" when it names none; None without any declaration."""
     declarations = [
@@ -144,18 +133,3 @@ def _mentions(text: str) -> set[str]:
         if match["letter"].isupper()
         and not (match["letter"] in "AI" and re.match(r"\s+[a-z]", text[match.end() :]))
     }
-
-
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
-_PERIOD = re.compile(r"\.(?!\d)")
-_DIGIT_COMMA = re.compile(r"\d,\d")
-
-
-def _without_punctuation(text: str) -> str:
-    """The VQA evaluation's rule: a mark next to a space vanishes, any other becomes a space."""
-    always_drop = _DIGIT_COMMA.search(text) is not None
-    cleaned = text
-    for mark in _PUNCTUATION:
-        drop = always_drop or f"{mark} " in text or f" {mark}" in text
-        cleaned = cleaned.replace(mark, "" if drop else " ")
-    return _PERIOD.sub("", cleaned)

@@ -10,7 +10,9 @@ import pytest
 from PIL import Image
 
 from grace_core.errors import GraceError
-from grace_core.evaluation.benchmarks import load_benchmark
+from grace_core.evaluation.benchmarks.toy import TOY_CHOICE, TOY_YESNO
+from grace_core.evaluation.items import Picture
+from grace_core.evaluation.sources import load_items
 from grace_core.toy.world import write_benchmark
 
 GOOD = {
@@ -24,7 +26,7 @@ GOOD = {
 }
 
 
-def write(folder: Path, *lines: dict[str, Any] | str) -> Path:
+def write(folder: Path, *lines: object) -> Path:
     folder.mkdir()
     (folder / "images").mkdir()
     Image.new("RGB", (2, 2)).save(folder / "images" / "1.png")
@@ -35,17 +37,16 @@ def write(folder: Path, *lines: dict[str, Any] | str) -> Path:
 
 def test_the_toy_benchmark_is_read(tmp_path: Path) -> None:
     choice, yesno = write_benchmark(tmp_path, seed=1, choice_count=6, yesno_count=6)
-    first = load_benchmark(choice)
-    assert first.name == "toy-choice" and len(first.items) == 6
-    item = first.items[0]
-    assert item.choices is not None and item.answer in item.choices
-    assert item.prompt.startswith(item.question + "\nA. ")
-    assert item.image.is_file()
-    second = load_benchmark(yesno)
-    assert {each.answer for each in second.items} <= {"Yes", "No"}
-    assert all(each.choices is None for each in second.items)
-    assert second.first(2).items == second.items[:2]
-    assert second.first(None) == second
+    first = load_items(TOY_CHOICE, choice)
+    assert len(first) == 6
+    question, gold = first[0].question, first[0].gold
+    assert gold.choices is not None and set(gold.answers) <= set(gold.choices)
+    picture, text = question.content
+    assert isinstance(text, str) and "\nA. " in text
+    assert isinstance(picture, Picture) and picture.open().mode == "RGB"
+    second = load_items(TOY_YESNO, yesno)
+    assert {answer for each in second for answer in each.gold.answers} <= {"Yes", "No"}
+    assert all(each.gold.choices is None for each in second)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,6 @@ def test_the_toy_benchmark_is_read(tmp_path: Path) -> None:
         ({"image": "images/2.png"}, "does not exist"),
         ({"image": "../secret.png"}, "outside"),
         ({"image": "/etc/hostname"}, "outside"),
-        ({"hint": "x"}, "hint"),
         ({"question": 3}, "question"),
     ],
 )
@@ -69,22 +69,27 @@ def test_a_bad_item_is_named_with_its_line(
 ) -> None:
     folder = write(tmp_path / "bench", GOOD, "", {**GOOD, "id": "q2", **change})
     with pytest.raises(GraceError, match=r"items\.jsonl:3: ") as caught:
-        load_benchmark(folder)
+        load_items(TOY_CHOICE, folder)
     assert says in str(caught.value)
 
 
 def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
-    folder = write(tmp_path / "bench", "{not json", GOOD, GOOD, {"id": "x"})
+    folder = write(tmp_path / "bench", "{not json", GOOD, [], {"id": "x"})
     with pytest.raises(GraceError) as caught:
-        load_benchmark(folder)
+        load_items(TOY_CHOICE, folder)
     text = str(caught.value)
     assert "items.jsonl:1: not JSON" in text
-    assert "items.jsonl:3: id 'q1' stands twice" in text
+    assert "items.jsonl:3: not a JSON object" in text
     assert "items.jsonl:4: kind" in text
 
 
 def test_a_missing_or_empty_benchmark_is_refused(tmp_path: Path) -> None:
     with pytest.raises(GraceError, match="does not exist"):
-        load_benchmark(tmp_path)
+        load_items(TOY_CHOICE, tmp_path)
     with pytest.raises(GraceError, match="no items"):
-        load_benchmark(write(tmp_path / "empty"))
+        load_items(TOY_CHOICE, write(tmp_path / "empty"))
+
+
+def test_a_repeated_id_is_told_apart(tmp_path: Path) -> None:
+    items = load_items(TOY_CHOICE, write(tmp_path / "bench", GOOD, GOOD, GOOD))
+    assert [item.id for item in items] == ["q1", "q1#2", "q1#3"]

@@ -1,0 +1,1 @@
+"""What a response says: one reader for each kind of answer, and the benchmarks' own."""

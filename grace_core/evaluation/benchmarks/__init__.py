@@ -1,0 +1,20 @@
+"""The benchmarks: a declaration each, found by name."""
+
+from __future__ import annotations
+
+import difflib
+
+from grace_core.errors import GraceError
+from grace_core.evaluation.benchmarks.toy import TOY_CHOICE, TOY_YESNO
+from grace_core.evaluation.declaration import Benchmark
+
+BENCHMARKS: dict[str, Benchmark] = {each.name: each for each in (TOY_CHOICE, TOY_YESNO)}
+
+
+def find_benchmark(name: str) -> Benchmark:
+    """The declaration of a benchmark. Raises GraceError, with the nearest name, for another."""
+    if name in BENCHMARKS:
+        return BENCHMARKS[name]
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), BENCHMARKS, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(BENCHMARKS)}"
+    raise GraceError(f"no benchmark is called {name!r}; {hint}")
