@@ -20,11 +20,35 @@ MAX_DECODED_PIXELS = 100_000_000
 
 
 @dataclass(frozen=True)
+class FileSlice:
+    """Bytes that lie within a larger file."""
+
+    file: Path
+    offset: int
+    """Bytes before the first."""
+
+    size: int
+    """Bytes."""
+
+    sha256: str
+    """Of these bytes, in hexadecimal, so that they need not be read to be told apart."""
+
+    def read(self) -> bytes:
+        """Raises OSError where the file cannot be read, or ends before."""
+        with self.file.open("rb") as stream:
+            stream.seek(self.offset)
+            data = stream.read(self.size)
+        if len(data) != self.size:
+            raise OSError(f"{self.file} ends within the {self.size} bytes from {self.offset}")
+        return data
+
+
+@dataclass(frozen=True)
 class Picture:
     """An encoded picture that is read and decoded only when it is asked for."""
 
-    source: bytes | Path = field(repr=False)
-    """The encoded bytes, or the file that holds them."""
+    source: bytes | Path | FileSlice = field(repr=False)
+    """The encoded bytes, or where they lie."""
 
     @cached_property
     def key(self) -> str:
@@ -32,8 +56,17 @@ class Picture:
 
         Raises OSError where the file cannot be read.
         """
-        data = self.source if isinstance(self.source, bytes) else self.source.read_bytes()
-        return hashlib.sha256(data).hexdigest()
+        if isinstance(self.source, FileSlice):
+            return self.source.sha256
+        return hashlib.sha256(self.encoded()).hexdigest()
+
+    def encoded(self) -> bytes:
+        """The picture as it was found. Raises OSError where the file cannot be read."""
+        if isinstance(self.source, bytes):
+            return self.source
+        return (
+            self.source.read() if isinstance(self.source, FileSlice) else self.source.read_bytes()
+        )
 
     def open(self) -> Image.Image:
         """Decode to upright RGB, as training does.
@@ -43,7 +76,8 @@ class Picture:
         """
         from grace_core.data.pictures import open_picture
 
-        return open_picture(self.source, MAX_DECODED_PIXELS)
+        source = self.source.read() if isinstance(self.source, FileSlice) else self.source
+        return open_picture(source, MAX_DECODED_PIXELS)
 
 
 @dataclass(frozen=True)
