@@ -97,6 +97,7 @@ def measurements(bench: Workbench, folder: Path) -> Iterator[Measurement]:
     with process_group(bench.device):
         for precision, zero, recompute in cases:
             left = 0
+            bench.forget_student()  # with the gradients that the last training left on it
             if gpu:
                 gc.collect()
                 torch.cuda.empty_cache()

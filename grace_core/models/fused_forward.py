@@ -46,7 +46,7 @@ def use_fused_forward(model: Any, family: Family, kernels: Kernels) -> None:
     widths: set[int] = set()
     for module in model.get_submodule(family.decoder).modules():
         if _is_rms_norm(module):
-            _replace(module, _rms_norm)
+            _replace(module, _rms_norm(kernels))
     layer: Any
     for layer in decoder_layers(model, family):
         if _is_gated_mlp(layer.mlp):
@@ -92,8 +92,11 @@ def _is_rms_norm(module: nn.Module) -> bool:
     return type(module).__name__.endswith("RMSNorm") and hasattr(module, "variance_epsilon")
 
 
-def _rms_norm(self: Any, hidden_states: Tensor) -> Tensor:
-    return F.rms_norm(hidden_states, (hidden_states.shape[-1],), self.weight, self.variance_epsilon)
+def _rms_norm(kernels: Kernels) -> Callable[..., Tensor]:
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        return kernels.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+    return forward
 
 
 def _is_gated_mlp(module: nn.Module) -> bool:

@@ -1,8 +1,11 @@
-"""Elementwise work of a decoder layer in one kernel each: rotary turning and SwiGLU.
+"""Elementwise work of a decoder layer in one kernel each: norms, rotary turning and SwiGLU.
 
 Liger-Kernel (arXiv 2410.10989, the extra `gpu`) has the kernels; each has its twin in plain PyTorch
-here, which is also what runs where Liger-Kernel is not installed. Root-mean-square norms need
-neither: torch has its own fused kernel, which costs the host a fraction of a Triton kernel's start.
+here, which is also what runs where Liger-Kernel is not installed.
+
+For root-mean-square norms torch has a fused kernel too, which costs the host a fraction of a Triton
+kernel's start. Its backward pass, though, reads everything twice and takes several times as long as
+Liger-Kernel's, which counts in long rows.
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 log = logging.getLogger(__name__)
@@ -32,6 +36,9 @@ class Kernels:
 
     silu_times: Callable[[Tensor, Tensor], Tensor]
     """(gate, up) -> silu(gate) * up. The backward pass may overwrite both."""
+
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    """(x, weight, epsilon) -> x normalised over its last axis, times the weight."""
 
 
 def turn(query: Tensor, key: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +61,19 @@ def silu_times(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-PLAIN = Kernels(turn=turn, silu_times=silu_times)
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * weight over the last axis, (..., d); rounded once."""
+    return F.rms_norm(x, weight.shape, weight, epsilon)
+
+
+PLAIN = Kernels(turn=turn, silu_times=silu_times, rms_norm=rms_norm)
+
+_LONG = 2**22
+"""Elements from which a Triton kernel's start is worth its time in a norm's backward pass: 2048
+tokens of 2048 channels."""
+
+_IN_FP32 = 1
+"""Liger-Kernel's casting mode `gemma`: the product with the weight is not rounded before."""
 
 
 @lru_cache(maxsize=1)
@@ -64,8 +83,8 @@ def best_kernels() -> Kernels:
         liger: Any = importlib.import_module("liger_kernel.ops")
     except ImportError as error:
         log.warning(
-            "rotary turning and SwiGLU run in plain PyTorch: Liger-Kernel cannot be imported "
-            "(%s); install the extra `gpu` of this package for faster steps",
+            "rotary turning, SwiGLU and norms run in plain PyTorch: Liger-Kernel cannot be "
+            "imported (%s); install the extra `gpu` of this package for faster steps",
             error,
         )
         return PLAIN
@@ -74,6 +93,7 @@ def best_kernels() -> Kernels:
 
 def liger_kernels(liger: Any) -> Kernels:
     """Liger-Kernel's operators, from its module `liger_kernel.ops`."""
+    settings: Any = importlib.import_module("liger_kernel.ops.utils")
 
     class Turn(torch.autograd.Function):
         """Its rotary kernel, between layouts that cost no views outside of autograd."""
@@ -96,7 +116,46 @@ def liger_kernels(liger: Any) -> Kernels:
             dq, dk = liger.rope_backward(dq, dk, *ctx.saved_tensors)
             return dq.transpose(1, 2), dk.transpose(1, 2), None, None
 
-    return Kernels(turn=Turn.apply, silu_times=liger.LigerSiLUMulFunction.apply)
+    class LongRMSNorm(torch.autograd.Function):
+        """torch's forward and its backward pass; both round once, from fp32."""
+
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+            x = x.contiguous()
+            normed, reciprocal = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, epsilon)
+            ctx.save_for_backward(x, weight, reciprocal)
+            return normed
+
+        @staticmethod
+        @once_differentiable
+        def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
+            x, weight, reciprocal = ctx.saved_tensors
+            width = x.shape[-1]
+            block, warps = settings.calculate_settings(width)
+            dx, dweight = liger.rms_norm_backward(
+                gradient.contiguous(),
+                x.view(-1, width),
+                weight,
+                reciprocal.view(-1),
+                0.0,  # added to the weight
+                _IN_FP32,
+                block,
+                warps,
+                False,  # not over the incoming gradient, which may be someone else's too
+                None,
+                needs_dw=ctx.needs_input_grad[1],
+            )
+            return dx, dweight, None
+
+    def long_or_short(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+        if x.numel() < _LONG or not torch.is_grad_enabled():
+            return rms_norm(x, weight, epsilon)
+        normed: Tensor = LongRMSNorm.apply(x, weight, epsilon)
+        return normed
+
+    return Kernels(
+        turn=Turn.apply, silu_times=liger.LigerSiLUMulFunction.apply, rms_norm=long_or_short
+    )
 
 
 def _turned(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
