@@ -118,8 +118,11 @@ def supervision_of(given: Problem, logits_bytes: int = EVERYTHING) -> Supervisio
         labels=given.labels,
         teacher=teacher,
         distillation=given.distillation,
-        cross_entropy_weight=CROSS_ENTROPY_WEIGHT,
-        distillation_weight=DISTILLATION_WEIGHT,
+        weights=torch.tensor(
+            [CROSS_ENTROPY_WEIGHT, DISTILLATION_WEIGHT],
+            dtype=torch.float64,
+            device=given.states.device,
+        ),
         logits_bytes=logits_bytes,
     )
 

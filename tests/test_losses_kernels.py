@@ -90,8 +90,7 @@ def run(
         labels.to(DEVICE),
         gates.to(DEVICE) if distils else None,
         distillation=settings,
-        cross_entropy_weight=CROSS_ENTROPY_WEIGHT,
-        distillation_weight=DISTILLATION_WEIGHT,
+        weights=torch.tensor([CROSS_ENTROPY_WEIGHT, DISTILLATION_WEIGHT], device=DEVICE),
         with_gradient=with_gradient,
     )
     return sums.cpu(), logits.cpu()
@@ -195,8 +194,7 @@ def test_rows_may_lie_apart() -> None:
         labels.to(DEVICE),
         gates.to(DEVICE),
         distillation=settings,
-        cross_entropy_weight=CROSS_ENTROPY_WEIGHT,
-        distillation_weight=DISTILLATION_WEIGHT,
+        weights=torch.tensor([CROSS_ENTROPY_WEIGHT, DISTILLATION_WEIGHT], device=DEVICE),
         with_gradient=True,
     )
     torch.testing.assert_close(wide[:, :200].cpu().double(), gradient, rtol=2e-5, atol=1e-7)

@@ -31,7 +31,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BF16_STEP = 2.0**-7 if DEVICE == "cpu" else 2.0**-8
 """Triton's interpreter truncates to bf16 where a GPU rounds."""
 
-WEIGHTS = {"cross_entropy_weight": 0.7, "distillation_weight": 0.3}
+WEIGHTS = {"weights": torch.tensor([0.7, 0.3], dtype=torch.float64, device=DEVICE)}
 KINDS = ("gated-decoupled", "plain")
 
 # Interpreted by numpy, which mentions values that the kernel then replaces.

@@ -259,7 +259,9 @@ def test_with_all_logits_kept_the_step_is_that_of_the_equations(world: World) ->
     plan = [[9, 2, 4, 0], [1, 3, 10, 5, 6], [8, 7]]
     sums: Tensor = torch.zeros(3, dtype=torch.float64)
     counts = torch.zeros(3, dtype=torch.float64)
-    weights = TermWeights.of(objective, GlobalCounts(1, 1, 1), beta=1.0, omega=1.0)
+    weights = TermWeights.of(
+        objective, GlobalCounts(*torch.ones(3, dtype=torch.float64)), beta=1.0, omega=1.0
+    )
     for row in PlannedRows(teacher_pass.data, visual, plan, outputs):
         assert isinstance(row, RecordedRow)
         taught = recorded_teacher_row(objective, row.outputs.rows, row.outputs.relations)
@@ -268,7 +270,7 @@ def test_with_all_logits_kept_the_step_is_that_of_the_equations(world: World) ->
             [
                 len(row.labels),
                 float(taught.gates.double().sum()),
-                sum(relation.counts for relation in taught.relations),
+                sum(int(relation.counts) for relation in taught.relations),
             ]
         )
     assert counts.tolist() == pytest.approx([exact.tokens, exact.gates, exact.pictures], rel=1e-5)
@@ -305,9 +307,10 @@ def test_a_gpu_records_and_learns_the_same_to_rounding(world: World) -> None:
     visual = VisualInputs(folder, min_pixels=512, max_pixels=16384)
     data = TeacherPass(world.job("gpu-rows"), CPU).data
     objective = Objective()
-    weights = TermWeights.of(objective, GlobalCounts(50, 40, 4), beta=0.5, omega=3.0)
     found = {}
     for where in (CPU, device):
+        counts = GlobalCounts(*torch.tensor([50.0, 40.0, 4.0], dtype=torch.float64, device=where))
+        weights = TermWeights.of(objective, counts, beta=0.5, omega=3.0)
         student = load_model(folder, device=where, attention="packed")
         module = StudentObjective(student, folder.family, objective, logits_bytes=2**20)
         rows = PlannedRows(data, visual, [[1, 4, 2, 0]], reader(world.whole))

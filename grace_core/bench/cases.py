@@ -133,18 +133,17 @@ def gated_distillation(bench: Workbench) -> Iterator[Prepared]:
 
     def in_place() -> Tensor:
         gates = gates_of_logits(teacher)
-        weight = 1.0 / float(gates.sum())
+        weights = torch.stack([gates.new_zeros(()), 1.0 / gates.sum()])
         sums = terms_and_gradient_(
             overwritten,
             teacher,
             labels,
             gates,
             distillation=bench.objective.distillation,
-            cross_entropy_weight=0.0,
-            distillation_weight=weight,
+            weights=weights,
             with_gradient=True,
         )
-        return weight * sums[1]
+        return weights[1] * sums[1]
 
     def composed() -> Tensor:
         loss = plain.gated_distillation(student, teacher, labels, bench.objective)
@@ -189,8 +188,7 @@ def losses_with_heads(bench: Workbench) -> Iterator[Prepared]:
             labels=labels,
             teacher=TaughtRows(teacher_head, teacher_states, gates),
             distillation=bench.objective.distillation,
-            cross_entropy_weight=1.0 / tokens,
-            distillation_weight=beta / float(gates.sum()),
+            weights=torch.stack([gates.new_tensor(1.0 / tokens), beta / gates.sum()]),
             logits_bytes=logits_bytes,
         )
         loss, _ = supervised_loss(head, states, supervision)

@@ -187,14 +187,9 @@ class Workbench:
             rows,
             logits_bytes=self.training.logits_mib * 2**20,
         )
-        counts = GlobalCounts(
-            tokens=sum(len(row.labels) for row in rows),
-            gates=float(torch.stack([of_row.gates.double().sum() for of_row in taught]).sum()),
-            pictures=sum(relation.counts for of_row in taught for relation in of_row.relations),
-        )
         weights = TermWeights.of(
             self.objective,
-            counts,
+            GlobalCounts.of(rows, taught),
             beta=self.objective.controller.beta_init,
             omega=self.objective.relational.omega,
         )

@@ -120,8 +120,9 @@ class Supervision:
     """None: cross-entropy alone."""
 
     distillation: Distillation
-    cross_entropy_weight: float
-    distillation_weight: float
+    weights: Tensor
+    """(2,) of cross-entropy and of distillation, on the rows' device."""
+
     logits_bytes: int
     """What may be held at one time in logits of both models and in copies of them."""
 
@@ -166,8 +167,8 @@ def supervised_loss(
         states_Nd: (N, d) final states that predict the labels, in the head's dtype.
 
     Returns:
-        Scalar loss, cross_entropy_weight * sum CE + distillation_weight * sum g KD, at least fp32;
-        and the two sums themselves, (2,), without gradient.
+        Scalar loss, weights[0] * sum CE + weights[1] * sum g KD, at least fp32; and the two sums
+        themselves, (2,), without gradient.
     """
 
     def loss(states: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -241,11 +242,7 @@ class _SupervisedLoss(torch.autograd.Function):
             work.run(None, None, None)
         ctx.gradients = [work.grad_states, work.grad_weight, work.grad_bias]
         ctx.mark_non_differentiable(work.sums)
-        loss = (
-            supervision.cross_entropy_weight * work.sums[0]
-            + supervision.distillation_weight * work.sums[1]
-        )
-        return loss, work.sums
+        return work.weights @ work.sums, work.sums
 
     @staticmethod
     @once_differentiable
@@ -277,6 +274,7 @@ class _Work:
         self.with_gradient = needs_states or needs_weight or needs_bias
         at_least_fp32 = torch.promote_types(states.dtype, torch.float32)
         self.sums = states.new_zeros(2, dtype=at_least_fp32)
+        self.weights = supervision.weights.to(at_least_fp32)
         self.grad_states = torch.empty_like(states) if needs_states else None
         self.grad_weight: Tensor | None = None
         self.needs_weight = needs_weight
@@ -320,8 +318,7 @@ class _Work:
         taught = given.teacher
         settings: dict[str, Any] = {
             "distillation": given.distillation,
-            "cross_entropy_weight": given.cross_entropy_weight,
-            "distillation_weight": given.distillation_weight,
+            "weights": self.weights,
             "with_gradient": self.with_gradient,
         }
         if isinstance(taught, TruncatedRows):

@@ -67,6 +67,7 @@ def _terms_kernel(  # type: ignore[no-untyped-def]
     teacher,
     labels,
     gates,
+    weights,  # (2,): of cross-entropy, of distillation
     values,  # (2, N): cross-entropy, gated distillation
     student_stride,
     teacher_stride,
@@ -75,8 +76,6 @@ def _terms_kernel(  # type: ignore[no-untyped-def]
     temperature,
     alpha,
     beta,
-    cross_entropy_weight,
-    distillation_weight,
     KIND: tl.constexpr,
     POWER: tl.constexpr,  # exp(z) = exp(z / T)^POWER; 0 where T is neither 1 nor 2
     GRADIENT: tl.constexpr,
@@ -93,6 +92,8 @@ def _terms_kernel(  # type: ignore[no-untyped-def]
     is_token = (label >= 0) & (label < vocabulary)
     target = label.to(tl.int32)
     slope = _LOG2_E / temperature
+    cross_entropy_weight = tl.load(weights)
+    distillation_weight = tl.load(weights + 1)
     # Now, since other warps may have written the gradient over it by the time it is used.
     y_S = tl.load(student + label, mask=is_token, other=0.0).to(tl.float32)
 
@@ -285,8 +286,7 @@ def terms_and_gradient_(
     gates_N: Tensor | None,
     *,
     distillation: Distillation,
-    cross_entropy_weight: float,
-    distillation_weight: float,
+    weights: Tensor,
     with_gradient: bool,
 ) -> Tensor:
     """See :func:`grace_core.losses.supervised_terms.terms_and_gradient_`; bf16 or fp32."""
@@ -304,6 +304,7 @@ def terms_and_gradient_(
             teacher,
             labels_N.contiguous(),
             gates,
+            weights.float(),
             values,
             logits_NV.stride(0),
             teacher.stride(0),
@@ -312,8 +313,6 @@ def terms_and_gradient_(
             float(temperature),
             float(distillation.alpha),
             float(distillation.beta_dkd),
-            float(cross_entropy_weight),
-            float(distillation_weight),
             KIND=_KINDS[distillation.kind] if distils else 0,
             POWER={1.0: 1, 2.0: 2}.get(temperature, 0),
             GRADIENT=with_gradient,

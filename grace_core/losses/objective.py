@@ -66,33 +66,63 @@ class TeacherRow:
 
 @dataclass(frozen=True)
 class GlobalCounts:
-    """Denominators over all rows and ranks of one optimizer step."""
+    """Denominators over all rows and ranks of one optimizer step.
 
-    tokens: float
-    gates: float
-    pictures: float
+    They stay on the device: the host would wait there for the teacher's passes, when it could
+    already start the student's.
+    """
 
-    def __post_init__(self) -> None:
-        assert self.tokens > 0, "a step supervises at least one token"
+    tokens: Tensor
+    """Supervised ones; scalar fp64, as the others."""
+
+    gates: Tensor
+    """Their sum."""
+
+    pictures: Tensor
+    """Those that count in the relational term."""
+
+    @staticmethod
+    def of(rows: Sequence[PackedRow], taught: Sequence[TeacherRow | None]) -> GlobalCounts:
+        """Of this rank's rows alone."""
+        tokens = sum(len(row.labels) for row in rows)
+        assert tokens > 0, "a step supervises at least one token"
+        zero = rows[0].labels.new_zeros((), dtype=torch.float64)
+        teachers = [teacher for teacher in taught if teacher is not None]
+        relations = [relation for teacher in teachers for relation in teacher.relations]
+        gates = [teacher.gates.double().sum() for teacher in teachers]
+        return GlobalCounts(
+            tokens=zero + tokens,
+            gates=torch.stack(gates).sum() if gates else zero,
+            pictures=torch.stack([r.counts for r in relations]).sum().double()
+            if relations
+            else zero,
+        )
 
 
 @dataclass(frozen=True)
 class TermWeights:
-    """Factors of the row sums in the loss: the terms' weights over the global counts."""
+    """Factors of the row sums in the loss: the terms' weights over the global counts; fp64."""
 
-    cross_entropy: float
-    distillation: float
-    relational: float
+    supervised: Tensor
+    """(2,): of cross-entropy and of distillation."""
+
+    relational: Tensor
+    """Scalar."""
 
     @staticmethod
     def of(objective: Objective, counts: GlobalCounts, *, beta: float, omega: float) -> TermWeights:
+        nothing = torch.zeros_like(counts.tokens)
         distils = objective.distillation.kind != "none"
-        relates = objective.relational.enabled and counts.pictures > 0
-        return TermWeights(
-            cross_entropy=1.0 / counts.tokens if objective.cross_entropy else 0.0,
-            distillation=beta / counts.gates if distils else 0.0,
-            relational=omega / counts.pictures if relates else 0.0,
+        supervised = torch.stack(
+            [
+                1.0 / counts.tokens if objective.cross_entropy else nothing,
+                beta / counts.gates if distils else nothing,
+            ]
         )
+        if not objective.relational.enabled:
+            return TermWeights(supervised, nothing)
+        # Where no picture counts the sum is 0 as well.
+        return TermWeights(supervised, omega / counts.pictures.clamp(min=1.0))
 
 
 def make_controller(objective: Objective) -> BetaController:
@@ -233,14 +263,13 @@ class StudentObjective(nn.Module):
             labels=row.labels,
             teacher=taught,
             distillation=self.objective.distillation,
-            cross_entropy_weight=weights.cross_entropy,
-            distillation_weight=weights.distillation,
+            weights=weights.supervised,
             logits_bytes=self.logits_bytes,
         )
         loss, sums = supervised_loss(self.model.lm_head, states.predicting, supervision)
         relational = torch.zeros_like(loss)
         if teacher is not None and self.objective.relational.enabled:
-            total, _ = relational_sum(teacher.relations, states.visual)
+            total = relational_sum(teacher.relations, states.visual)
             relational = total.to(loss.device, loss.dtype)
-        loss = loss + weights.relational * relational
+        loss = loss + weights.relational.to(loss.dtype) * relational
         return loss, torch.cat([sums, relational.detach()[None]])

@@ -45,71 +45,61 @@ class TeacherRelation:
     is_gram: bool
     num_tokens: int
 
-    gram_norm: float
-    """sqrt(tr(K~_T K~_T))."""
+    gram_norm: Tensor
+    """sqrt(tr(K~_T K~_T)), scalar, at least fp32."""
 
     @property
-    def counts(self) -> bool:
-        """Whether the image counts in the average, by its tokens and the teacher alone.
+    def counts(self) -> Tensor:
+        """Whether the image counts in the average, by its tokens and the teacher alone; scalar.
 
         Known before the student runs, so the global count is, too. Written so that a teacher with
         non-finite states counts and spoils the loss visibly, rather than dropping out.
         """
-        return self.num_tokens >= MIN_TOKENS and not self.gram_norm < MIN_GRAM_NORM
+        return ~(self.gram_norm < MIN_GRAM_NORM) & (self.num_tokens >= MIN_TOKENS)
 
 
-@torch.no_grad()
 def teacher_relations(states: Sequence[Tensor]) -> list[TeacherRelation]:
     """Relations between the visual tokens of each image, as the teacher sees them.
 
     Call it under `torch.no_grad` or outside, but not in `torch.inference_mode`: the student's
-    backward needs the result. Reads the norms back from the device, all at once.
+    backward needs the result.
 
     Args:
         states: (n, d_T) hidden states of each image's visual tokens at the penultimate decoder
             layer, any floating dtype. n may be 0.
     """
-    if not states:
-        return []
-    rows = [_centred_directions(of_image) for of_image in states]
-    products = [_smaller_product(of_image) for of_image in rows]
-    norms = torch.stack([torch.linalg.vector_norm(product) for product in products]).tolist()
-    relations = []
-    for of_image, product, norm in zip(rows, products, norms, strict=True):
-        num_tokens, width = of_image.shape
-        is_gram = num_tokens <= width
-        relations.append(
-            TeacherRelation(
-                centred=product if is_gram else of_image,
-                is_gram=is_gram,
-                num_tokens=num_tokens,
-                gram_norm=norm,
-            )
-        )
-    return relations
+    return [teacher_relation(of_image) for of_image in states]
 
 
+@torch.no_grad()
 def teacher_relation(teacher_states_nd: Tensor) -> TeacherRelation:
     """:func:`teacher_relations` of one image, (n, d_T)."""
-    (relation,) = teacher_relations([teacher_states_nd])
-    return relation
+    rows = _centred_directions(teacher_states_nd)
+    product = _smaller_product(rows)
+    num_tokens, width = rows.shape
+    is_gram = num_tokens <= width
+    return TeacherRelation(
+        centred=product if is_gram else rows,
+        is_gram=is_gram,
+        num_tokens=num_tokens,
+        gram_norm=torch.linalg.vector_norm(product),
+    )
 
 
 def relational_loss(relation: TeacherRelation, student_states_nd: Tensor) -> Tensor:
-    """1 - CKA between teacher and student for one image that counts.
+    """1 - CKA between teacher and student for one image; 0 for one that does not count.
 
     Where the student's centred Gram vanishes (norm below `MIN_GRAM_NORM`) the loss is exactly 0
     and so is its gradient: the image still counts, and every rank agrees on how many do.
 
     Args:
-        relation: of the same image, with `relation.counts`.
+        relation: of the same image.
         student_states_nd: (n, d_S), any floating dtype. Gets the gradient; rows of length below
             1e-12 get none.
 
     Returns:
         Scalar in [0, 1] up to rounding, at least fp32.
     """
-    assert relation.counts, "an image that does not count has no loss"
     assert student_states_nd.shape[0] == relation.num_tokens, (
         f"{student_states_nd.shape[0]} student and {relation.num_tokens} teacher tokens: "
         "both must be the same image's"
@@ -125,32 +115,32 @@ def relational_loss(relation: TeacherRelation, student_states_nd: Tensor) -> Ten
 
     # Divide by 1 where the result is discarded: 0 * inf in its backward would be NaN. No branch on
     # the value, which would make the host wait for the device.
-    vanishes = squared_norm < MIN_GRAM_NORM**2
+    vanishes = (squared_norm < MIN_GRAM_NORM**2) | ~relation.counts
     student_norm = torch.where(vanishes, 1.0, squared_norm).sqrt()
-    alignment = overlap / (relation.gram_norm * student_norm)
+    teacher_norm = torch.where(vanishes, 1.0, relation.gram_norm)
+    alignment = overlap / (teacher_norm * student_norm)
     return torch.where(vanishes, 0.0, 1.0 - alignment)
 
 
 def relational_sum(
     relations: Sequence[TeacherRelation], student_states: Sequence[Tensor]
-) -> tuple[Tensor, int]:
-    """Sum of 1 - CKA over the images that count, and how many those are.
+) -> Tensor:
+    """Sum of 1 - CKA over the images that count.
 
     Args:
         relations: one per image, as the teacher sees it.
         student_states: the same images in the same order, each (n, d_S).
 
     Returns:
-        Scalar sum, at least fp32, and the count. Without any image that counts the sum is a
-        constant 0 (on the CPU) that needs no gradient.
+        Scalar sum, at least fp32. Without an image that has tokens enough it is a constant 0 (on
+        the CPU) that needs no gradient.
     """
     losses = [
         relational_loss(relation, states)
         for relation, states in zip(relations, student_states, strict=True)
-        if relation.counts
+        if relation.num_tokens >= MIN_TOKENS
     ]
-    total = torch.stack(losses).sum() if losses else torch.zeros(())
-    return total, len(losses)
+    return torch.stack(losses).sum() if losses else torch.zeros(())
 
 
 def centred_kernel_alignment(teacher_states_nT: Tensor, student_states_nS: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def stored_relation(relation: TeacherRelation) -> StoredRelation:
         scale=scale,
         is_gram=relation.is_gram,
         num_tokens=relation.num_tokens,
-        gram_norm=relation.gram_norm,
+        gram_norm=float(relation.gram_norm),
     )
 
 
@@ -65,5 +65,5 @@ def restored_relation(stored: StoredRelation) -> TeacherRelation:
         centred=centred,
         is_gram=stored.is_gram,
         num_tokens=count,
-        gram_norm=stored.gram_norm,
+        gram_norm=values.new_tensor(stored.gram_norm),
     )

@@ -30,8 +30,7 @@ def terms_and_gradient_(
     gates_N: Tensor | None,
     *,
     distillation: Distillation,
-    cross_entropy_weight: float,
-    distillation_weight: float,
+    weights: Tensor,
     with_gradient: bool,
 ) -> Tensor:
     """Sums of the terms over rows of logits; the gradient goes where the student's logits were.
@@ -42,13 +41,14 @@ def terms_and_gradient_(
         logits_NV: (N, V) finite student logits, any floating dtype, V >= 2. With `with_gradient`
             they are overwritten by the gradient, in their dtype, of
 
-                cross_entropy_weight * sum_i CE_i + distillation_weight * sum_i g_i KD_i
+                weights[0] * sum_i CE_i + weights[1] * sum_i g_i KD_i
 
         teacher_logits_NV: (N, V) finite logits over the same vocabulary; None leaves KD out.
         labels_N: (N,) int64 token ids in [0, V).
         gates_N: (N,) g_i >= 0, given with the teacher's logits.
         distillation: kind and constants of KD; kind `none` only without the teacher's logits.
-        cross_entropy_weight: may be 0; CE is summed all the same.
+        weights: (2,) of cross-entropy and of distillation, on the logits' device, where they may
+            still be computed. One may be 0; its term is summed all the same.
 
     Returns:
         (2,): sum of CE in nats and of g_i KD_i in nats times T^2; fp32, fp64 for fp64 logits.
@@ -69,8 +69,7 @@ def terms_and_gradient_(
         labels_N,
         gates_N,
         distillation=distillation,
-        cross_entropy_weight=cross_entropy_weight,
-        distillation_weight=distillation_weight,
+        weights=weights,
         with_gradient=with_gradient,
     )
     return sums
@@ -95,8 +94,7 @@ def plain_terms_and_gradient_(
     gates_N: Tensor | None,
     *,
     distillation: Distillation,
-    cross_entropy_weight: float,
-    distillation_weight: float,
+    weights: Tensor,
     with_gradient: bool,
 ) -> Tensor:
     """The same by autograd over the terms' own functions."""
@@ -110,8 +108,7 @@ def plain_terms_and_gradient_(
         logits_NV,
         labels_N,
         gated_sum,
-        cross_entropy_weight=cross_entropy_weight,
-        distillation_weight=distillation_weight,
+        weights=weights,
         with_gradient=with_gradient,
     )
 
@@ -121,8 +118,7 @@ def terms_by_autograd_(
     labels_N: Tensor,
     gated_sum: Callable[[Tensor], Tensor],
     *,
-    cross_entropy_weight: float,
-    distillation_weight: float,
+    weights: Tensor,
     with_gradient: bool,
 ) -> Tensor:
     """Sums and gradient as :func:`terms_and_gradient_` says, for any kind of distillation.
@@ -137,7 +133,7 @@ def terms_by_autograd_(
         leaf.requires_grad_(with_gradient)
         cross_entropy = cross_entropy_sum(leaf, labels_N)
         distilled = gated_sum(leaf)
-        loss = cross_entropy_weight * cross_entropy + distillation_weight * distilled
+        loss = weights[0].to(dtype) * cross_entropy + weights[1].to(dtype) * distilled
     if with_gradient:
         logits_NV.copy_(torch.autograd.grad(loss, leaf)[0])
     return torch.stack([cross_entropy, distilled]).detach()

@@ -32,8 +32,7 @@ def truncated_terms_and_gradient_(
     teacher: TruncatedRows,
     *,
     distillation: Distillation,
-    cross_entropy_weight: float,
-    distillation_weight: float,
+    weights: Tensor,
     with_gradient: bool,
 ) -> Tensor:
     """Sums of the terms over rows of logits; the gradient goes where the student's logits were.
@@ -42,11 +41,12 @@ def truncated_terms_and_gradient_(
         logits_NV: (N, V) finite student logits, any floating dtype, V >= 2. Overwritten: with
             `with_gradient` by the gradient, in their dtype, of
 
-                cross_entropy_weight * sum_i CE_i + distillation_weight * sum_i g_i KD_i
+                weights[0] * sum_i CE_i + weights[1] * sum_i g_i KD_i
 
         labels_N: (N,) int64 token ids in [0, V).
         teacher: the same tokens, truncated for the temperature of `distillation`.
         distillation: kind and constants of KD, other than `none`.
+        weights: (2,) of cross-entropy and of distillation, on the logits' device.
 
     Returns:
         (2,): sum of CE in nats and of g_i KD_i in nats times T^2; fp32, fp64 for fp64 logits.
@@ -59,8 +59,7 @@ def truncated_terms_and_gradient_(
         labels_N,
         teacher,
         distillation=distillation,
-        cross_entropy_weight=cross_entropy_weight,
-        distillation_weight=distillation_weight,
+        weights=weights,
         with_gradient=with_gradient,
     )
 
@@ -71,8 +70,7 @@ def plain_truncated_terms_and_gradient_(
     teacher: TruncatedRows,
     *,
     distillation: Distillation,
-    cross_entropy_weight: float,
-    distillation_weight: float,
+    weights: Tensor,
     with_gradient: bool,
 ) -> Tensor:
     """The same by autograd over the terms' own functions."""
@@ -85,8 +83,7 @@ def plain_truncated_terms_and_gradient_(
         logits_NV,
         labels_N,
         gated_sum,
-        cross_entropy_weight=cross_entropy_weight,
-        distillation_weight=distillation_weight,
+        weights=weights,
         with_gradient=with_gradient,
     )
 
@@ -98,8 +95,7 @@ def fused_truncated_terms_and_gradient_(
     teacher: TruncatedRows,
     *,
     distillation: Distillation,
-    cross_entropy_weight: float,
-    distillation_weight: float,
+    weights: Tensor,
     with_gradient: bool,
 ) -> Tensor:
     """The same in closed form, over the vocabulary by Triton kernels; bf16 or fp32."""
@@ -140,11 +136,12 @@ def fused_truncated_terms_and_gradient_(
     # P_S(y) - P_T(y) without the cancellation where both are near 1.
     excess_N = torch.sigmoid(-margin_T_N) * torch.sigmoid(margin_S_N)
     excess_N -= torch.sigmoid(margin_T_N) * torch.sigmoid(-margin_S_N)
-    factor_N1 = (distillation_weight * temperature * teacher.gates)[:, None]
+    of_cross_entropy, of_distillation = weights.float()
+    factor_N1 = (of_distillation * temperature * teacher.gates)[:, None]
     of_target_N1 = factor_N1 * alpha * excess_N[:, None]
     of_q_T_N1 = factor_N1 * beta_N[:, None]
     of_q_S_N1 = of_q_T_N1 - of_target_N1
-    of_1_N1 = cross_entropy_weight * torch.sigmoid(-margin_1_N1)
+    of_1_N1 = of_cross_entropy * torch.sigmoid(-margin_1_N1)
 
     kernels.tail_gradient_(
         logits_NV,

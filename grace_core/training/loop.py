@@ -310,28 +310,27 @@ class Trainer:
     def _global_counts(
         self, rows: list[PackedRow], taught: Sequence[TeacherRow | None]
     ) -> GlobalCounts:
-        local = torch.zeros(3, dtype=torch.float64, device=self.device)
-        for row, teacher in zip(rows, taught, strict=True):
-            local[0] += len(row.labels)
-            if teacher is not None:
-                local[1] += teacher.gates.double().sum()
-                local[2] += sum(relation.counts for relation in teacher.relations)
-        dist.all_reduce(local)
-        tokens, gates, pictures = local.tolist()
-        return GlobalCounts(tokens, gates, pictures)
+        local = GlobalCounts.of(rows, taught)
+        counts = torch.stack([local.tokens, local.gates, local.pictures])
+        dist.all_reduce(counts)
+        return GlobalCounts(*counts)
 
     def _report(
         self, sums: torch.Tensor, counts: GlobalCounts, rows: list[PackedRow]
     ) -> StepReport:
-        cross_entropy, distillation, relational = sums.tolist()
-        tokens = torch.tensor(float(sum(row.input_ids.shape[1] for row in rows)))
-        dist.all_reduce(tokens := tokens.to(self.device))
+        tokens = sums.new_tensor(float(sum(row.input_ids.shape[1] for row in rows)))
+        dist.all_reduce(tokens)
+        denominators = torch.stack([counts.tokens, counts.gates, counts.pictures])
+        means = sums / torch.where(denominators > 0, denominators, 1.0)  # 0 of none is 0
+        # The one time in a step that the host waits for the device before the optimizer.
+        read = torch.stack([*means, counts.tokens, tokens]).tolist()
+        cross_entropy, distillation, relational, supervised, all_tokens = read
         report = StepReport(
-            cross_entropy=cross_entropy / counts.tokens,
-            distillation=distillation / counts.gates if counts.gates else 0.0,
-            relational=relational / counts.pictures if counts.pictures else 0.0,
-            tokens=int(tokens),
-            supervised=counts.tokens,
+            cross_entropy=cross_entropy,
+            distillation=distillation,
+            relational=relational,
+            tokens=int(all_tokens),
+            supervised=supervised,
             grad_norm=0.0,
             scale_grad_norm=None,
         )

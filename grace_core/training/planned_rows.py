@@ -26,7 +26,10 @@ class RowOutputs:
     relations: list[TeacherRelation]
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> RowOutputs:
-        relations = [replace(each, centred=move(each.centred)) for each in self.relations]
+        relations = [
+            replace(each, centred=move(each.centred), gram_norm=move(each.gram_norm))
+            for each in self.relations
+        ]
         return RowOutputs(self.rows.moved(move), relations)
 
 
