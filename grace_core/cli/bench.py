@@ -224,6 +224,54 @@ def memory(
     console.print(found.to_rich())
 
 
+@bench.command(
+    epilog="Examples:\n\n"
+    "grace bench evaluation                               about 2 minutes on one H200\n\n"
+    "grace bench evaluation --shapes toy --device cpu     half a minute, on any machine",
+)
+def evaluation(
+    shapes: ShapesOption = "real",
+    device: DeviceOption = "auto",
+    questions: Annotated[
+        int, typer.Option(min=4, help="Questions to the engine; long answers: a quarter.")
+    ] = 512,
+    one_at_a_time: Annotated[
+        int, typer.Option(min=4, help="Of these, questions to the loop; likewise a quarter.")
+    ] = 16,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"],
+        typer.Option(help="Of weights and states. In float32 all answers must be the same."),
+    ] = "bfloat16",
+    output: Annotated[
+        Path, typer.Option(help="Folder for evaluation.json and evaluation.md.")
+    ] = Path("runs/bench"),
+) -> None:
+    """Measure how many questions a second the evaluation answers.
+
+    The engine beside a loop that puts one question at a time to the library's
+    generate, on random weights and pictures: letters, letters with four questions
+    to a picture, and answers of 128 tokens.
+    """
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    import torch
+
+    from grace_core.artifacts import environment
+    from grace_core.bench.device import bench_device
+    from grace_core.bench.evaluation import EvaluationBench, EvaluationTable
+    from grace_core.bench.shapes import SHAPES
+
+    where, versions = bench_device(device), environment()
+    name = versions.get("gpu", versions["cpu"]) if where.type == "cuda" else versions["cpu"]
+    found = EvaluationTable(shapes, name, versions)
+    with tempfile.TemporaryDirectory(prefix="grace-bench-") as folder:
+        made = EvaluationBench(SHAPES[shapes], where, Path(folder), getattr(torch, dtype))
+        for rate in made.rates(questions, one_at_a_time):
+            found.rates.append(rate)
+            _write(output, "evaluation.json", found.to_json())
+            _write(output, "evaluation.md", found.to_markdown())
+    console.print(found.to_rich())
+
+
 def _write_missing_checkpoints(config: GraceConfig) -> int:
     """Returns the bytes written."""
     from grace_core.bench.device import bench_device
