@@ -12,39 +12,22 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText
+from torch import nn
+from transformers import AutoModelForImageTextToText, AwqConfig
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from grace_core.errors import GraceError
+from grace_core.export.awq import AWQ
 from grace_core.export.checkpoint import model_names, new_directory, skeleton, weight_files
-from grace_core.export.compressed import export_bf16, export_compressed, ignore_patterns
+from grace_core.export.compressed import COMPRESSED, ignore_patterns
 from grace_core.export.exactness import check_release
-from grace_core.quantization.checkpoint import save_scales
+from grace_core.export.release import export_bf16, export_packed
+from grace_core.quantization.checkpoint import load_scales
 from grace_core.quantization.convert import convert
-from tests.tiny_models import DECODER, FAMILIES, image_batch, save_tiny, save_weights, text_batch
+from tests.qat_models import forward_batches, trained
+from tests.tiny_models import DECODER, FAMILIES, save_tiny, save_weights
 
 VARIANTS = [("qwen3_vl", 4), ("qwen3_vl", 8), ("qwen2_vl", 4), ("llava", 4)]
-
-
-def _train(folder: Path, family: str, bits: int, *, layers: int = 2) -> Path:
-    """A checkpoint as QAT leaves it: latent weights and scales that moved away from their start."""
-    model = FAMILIES[family](seed=bits, layers=layers)
-    save_tiny(model, folder)
-    latent = AutoModelForImageTextToText.from_pretrained(folder)
-    bank = convert(latent, decoder_prefix=DECODER, bits=bits, group_size=128)
-    generator = torch.Generator().manual_seed(7)
-    with torch.no_grad():
-        bank.flat.add_(torch.randn(bank.flat.shape, generator=generator) * 0.2)
-    save_scales(folder, bank, bits=bits, group_size=128)
-    # What a stage directory holds besides; none of it belongs to a release.
-    (folder / "manifest.json").write_text("{}")
-    (folder / "optimizer.pt").write_bytes(b"not to be read")
-    return folder
-
-
-def _batches(family: str) -> list[dict[str, Tensor]]:
-    model = FAMILIES[family](layers=1)
-    return [text_batch(model), image_batch(model), image_batch(model, side=64)]
 
 
 @pytest.fixture(scope="module")
@@ -53,8 +36,8 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], 
     pairs = {}
     for family, bits in VARIANTS:
         folder = tmp_path_factory.mktemp(f"{family}-w{bits}")
-        source = _train(folder / "trained", family, bits)
-        export_compressed(source, folder / "release")
+        source = trained(folder / "trained", family, bits)
+        export_packed(source, folder / "release", COMPRESSED)
         pairs[family, bits] = (source, folder / "release")
     return pairs
 
@@ -76,7 +59,7 @@ def test_release_is_exactly_the_trained_model(
     released: Released, variant: tuple[str, int], device: str
 ) -> None:
     source, release = released[variant]
-    report = check_release(source, release, _batches(variant[0]), device=device)
+    report = check_release(source, release, forward_batches(variant[0]), device=device)
     assert report.layers == 14 and report.batches == 3 and report.image_batches == 2
     names = weight_files(source).names
     assert report.tensors == len(names) - 14
@@ -118,7 +101,7 @@ def test_plain_from_pretrained_gives_code_times_scale(
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     assert model.dtype == torch.bfloat16
     with torch.no_grad():
-        model(**_batches(family)[0])
+        model(**forward_batches(family)[0])
     in_model = model_names(skeleton(release), tensors)
     checked = 0
     for name in tensors:
@@ -134,6 +117,79 @@ def test_plain_from_pretrained_gives_code_times_scale(
         assert torch.equal(weight, expected)
         checked += 1
     assert checked == 14
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_awq_release(tmp_path: Path, family: str) -> None:
+    """Oracle: each nibble looked up where AutoAWQ's kernels look, in float64."""
+    source = trained(tmp_path / "trained", family, 4, layers=1)
+    release = tmp_path / "release"
+    export_packed(source, release, AWQ)
+    report = check_release(source, release, forward_batches(family), form=AWQ)
+    assert report.layers == 7 and report.image_batches == 2
+
+    config = json.loads((release / "config.json").read_text())
+    skipped = config["quantization_config"].pop("modules_to_not_convert")
+    assert config["quantization_config"] == {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": 128,
+        "zero_point": True,
+    }
+    parsed = AwqConfig(**config["quantization_config"], modules_to_not_convert=skipped)
+    assert (parsed.bits, parsed.group_size, parsed.zero_point) == (4, 128, True)
+    packed = load_file(release / "model.safetensors")
+    in_model = model_names(skeleton(source), weight_files(source).names)
+    quantized = {
+        in_model[name.removesuffix("qweight") + "weight"].removesuffix(".weight")
+        for name in packed
+        if name.endswith(".qweight")
+    }
+    for name, module in skeleton(source).named_modules():
+        if isinstance(module, nn.Linear):
+            as_transformers = not should_convert_module(name, skipped)
+            as_vllm = any(part in name for part in skipped)
+            assert as_transformers == as_vllm == (name not in quantized), name
+
+    latent = load_file(source / "model.safetensors")
+    scales = load_scales(source).scales
+    nibble_of_output = torch.tensor([0, 4, 1, 5, 2, 6, 3, 7])
+    for name in latent:
+        stem = name.removesuffix("weight")
+        if f"{stem}qweight" not in packed:
+            assert torch.equal(latent[name], packed[name])
+            continue
+        outputs = latent[name].shape[0]
+        words = packed[f"{stem}qweight"].long().repeat_interleave(8, dim=1)
+        shifts = 4 * nibble_of_output.repeat(outputs // 8)
+        codes = (words >> shifts & 15).double()
+        zeros = packed[f"{stem}qzeros"].long().repeat_interleave(8, dim=1) >> shifts & 15
+        theta = scales[in_model[name].removesuffix(".weight")]
+        scale = theta.double().exp().bfloat16().double().repeat_interleave(128, dim=1)
+        expected = (latent[name].double() / scale).round().clamp(-8, 7) * scale
+        released = (codes - zeros.double().repeat_interleave(128, dim=0)) * packed[
+            f"{stem}scales"
+        ].double().repeat_interleave(128, dim=0)
+        assert torch.equal(released.t(), expected)
+
+
+def test_awq_refuses_a_scale_that_fp16_cannot_hold(tmp_path: Path) -> None:
+    source = trained(tmp_path / "trained", "qwen3_vl", 4, layers=1)
+    scales = load_file(source / "scales.safetensors")
+    name = "model.language_model.layers.0.mlp.up_proj"
+    scales[name][3, 0] = -18.420681  # log 1e-8, where all weights of a group are zero
+    save_file(scales, source / "scales.safetensors")
+    with pytest.raises(GraceError, match=rf"{name}: 1 of 256 scales .* 1\.00117\d*e-08, .* 0;"):
+        export_packed(source, tmp_path / "release", AWQ)
+    assert not (tmp_path / "release").exists()
+    export_packed(source, tmp_path / "release", COMPRESSED)
+
+
+def test_awq_holds_4_bits_only(tmp_path: Path) -> None:
+    source = trained(tmp_path / "trained", "qwen3_vl", 8, layers=1)
+    with pytest.raises(GraceError, match="8-bit codes; AWQ GEMM holds 4 bits"):
+        export_packed(source, tmp_path / "release", AWQ)
 
 
 def test_size_on_disk_shrinks_as_the_format_says(released: Released) -> None:
@@ -189,113 +245,8 @@ def test_ignore_patterns_inside_a_quantized_layer() -> None:
     assert matched == {"a.0.gate", "a.1.gate", "b.proj"}
 
 
-# --- the gate refuses what is not the trained model -----------------------------------------------
-
-
-def _damaged(pair: tuple[Path, Path], folder: Path, change: object) -> Path:
-    """A copy of the release with its tensors changed by ``change(tensors)``."""
-    shutil.copytree(pair[1], folder)
-    tensors = load_file(folder / "model.safetensors")
-    assert callable(change)
-    change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    return folder
-
-
-LAYER = "model.language_model.layers.1.mlp.down_proj.weight"
-
-
-def _flip_code(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{LAYER}_packed"][5, 3] ^= 1 << 8  # the lowest bit of the third code in the word
-
-
-def _nudge_scale(tensors: dict[str, Tensor]) -> None:
-    scale = tensors[f"{LAYER}_scale"]
-    scale.view(torch.int16)[7, 1] += 1
-
-
-def _drop_layer(tensors: dict[str, Tensor]) -> None:
-    for part in ("packed", "scale", "shape"):
-        del tensors[f"{LAYER}_{part}"]
-
-
-def _unpack_layer(tensors: dict[str, Tensor]) -> None:
-    _drop_layer(tensors)
-    tensors[LAYER] = torch.zeros(128, 256, dtype=torch.bfloat16)
-
-
-def _wrong_shape(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{LAYER}_shape"][1] -= 128
-
-
-def _change_norm(tensors: dict[str, Tensor]) -> None:
-    tensors["model.language_model.norm.weight"][0] += 1
-
-
-def _add_stray(tensors: dict[str, Tensor]) -> None:
-    tensors[f"{LAYER}_zero_point"] = torch.zeros(128, 2, dtype=torch.int32)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_flip_code, r"down_proj\.weight codes: 1 of 32768 values differ, first at \[5, 26\]"),
-        (_nudge_scale, r"down_proj\.weight_scale: 1 of 256 values differ, first at \[7, 1\]"),
-        (_drop_layer, r"down_proj\.weight: not packed, .*weight_packed"),
-        (_unpack_layer, r"down_proj\.weight: not packed"),
-        (_wrong_shape, r"down_proj\.weight_shape: \[128, 128\], trained \[128, 256\]"),
-        (_change_norm, r"norm\.weight: 1 of 128 values differ, first at \[0\]"),
-        (_add_stray, r"down_proj\.weight_zero_point: not in the trained model"),
-    ],
-)
-def test_a_damaged_release_is_refused(
-    released: Released, tmp_path: Path, change: object, message: str
-) -> None:
-    pair = released["qwen3_vl", 4]
-    release = _damaged(pair, tmp_path / "release", change)
-    with pytest.raises(GraceError, match=message):
-        check_release(pair[0], release, _batches("qwen3_vl")[:1])
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        # Files are whole, but transformers would read them wrongly: only loading shows it.
-        ("quantization_status", None, r"down_proj\.weight: missing on loading"),
-        ("ignore", ["re:.*visual.*", "re:.*lm_head$", r"re:.*layers\.1\.mlp.*"], "down_proj"),
-    ],
-)
-def test_a_wrong_configuration_is_refused(
-    released: Released, tmp_path: Path, key: str, value: object, message: str
-) -> None:
-    source, good = released["qwen3_vl", 4]
-    release = shutil.copytree(good, tmp_path / "release")
-    config = json.loads((release / "config.json").read_text())
-    if value is None:
-        del config["quantization_config"][key]
-    else:
-        config["quantization_config"][key] = value
-    (release / "config.json").write_text(json.dumps(config))
-    with pytest.raises(GraceError, match=message):
-        check_release(source, release, _batches("qwen3_vl")[:1])
-
-
-def test_a_release_that_computes_differently_is_refused(released: Released, tmp_path: Path) -> None:
-    """Equal tensors, other arithmetic: only the logits can tell."""
-    source, good = released["qwen3_vl", 4]
-    release = shutil.copytree(good, tmp_path / "release")
-    config = json.loads((release / "config.json").read_text())
-    config["text_config"]["rms_norm_eps"] = 1e-2
-    (release / "config.json").write_text(json.dumps(config))
-    with pytest.raises(GraceError, match=r"batch 0: \d+ of 12288 logits differ, by up to"):
-        check_release(source, release, _batches("qwen3_vl")[:1])
-
-
-# --- sharded checkpoints, BF16, and refusals before any work -------------------------------------
-
-
 def test_a_sharded_checkpoint_stays_sharded(tmp_path: Path) -> None:
-    source = _train(tmp_path / "trained", "qwen3_vl", 4)
+    source = trained(tmp_path / "trained", "qwen3_vl", 4)
     tensors = load_file(source / "model.safetensors")
     (source / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -312,8 +263,8 @@ def test_a_sharded_checkpoint_stays_sharded(tmp_path: Path) -> None:
     }
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
 
-    export_compressed(source, tmp_path / "release")
-    report = check_release(source, tmp_path / "release", _batches("qwen3_vl")[:2])
+    export_packed(source, tmp_path / "release", COMPRESSED)
+    report = check_release(source, tmp_path / "release", forward_batches("qwen3_vl")[:2])
     assert report.layers == 14
     index = json.loads((tmp_path / "release" / "model.safetensors.index.json").read_text())
     on_disk = {file: load_file(tmp_path / "release" / file) for file in parts}
@@ -323,7 +274,7 @@ def test_a_sharded_checkpoint_stays_sharded(tmp_path: Path) -> None:
 
     (source / "model-00002-of-00003.safetensors").unlink()
     with pytest.raises(GraceError, match=r"model-00002-of-00003\.safetensors is missing"):
-        export_compressed(source, tmp_path / "second")
+        export_packed(source, tmp_path / "second", COMPRESSED)
     assert not (tmp_path / "second").exists()
 
 
@@ -333,7 +284,7 @@ def test_bf16_release(tmp_path: Path, family: str) -> None:
     (source / "manifest.json").write_text("{}")
     release = tmp_path / "release"
     export_bf16(source, release)
-    report = check_release(source, release, _batches(family))
+    report = check_release(source, release, forward_batches(family))
     assert report.layers == 0 and report.tensors == len(weight_files(source).names)
     assert not (release / "manifest.json").exists()
     assert (release / "tokenizer.json").is_file()
@@ -346,17 +297,17 @@ def test_bf16_release(tmp_path: Path, family: str) -> None:
     tensors[first].view(torch.int16).flatten()[0] += 1
     save_file(tensors, release / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(GraceError, match=re.escape(f"{first}: 1 of")):
-        check_release(source, release, _batches(family)[:1])
+        check_release(source, release, forward_batches(family)[:1])
 
 
 def test_what_cannot_be_released_is_refused_before_writing(tmp_path: Path) -> None:
-    qat = _train(tmp_path / "qat", "qwen3_vl", 4, layers=1)
+    qat = trained(tmp_path / "qat", "qwen3_vl", 4, layers=1)
     plain = save_weights(FAMILIES["qwen3_vl"](layers=1), tmp_path / "plain")
     destination = tmp_path / "release"
-    with pytest.raises(GraceError, match="export it compressed"):
+    with pytest.raises(GraceError, match="export it packed"):
         export_bf16(qat, destination)
     with pytest.raises(GraceError, match=r"no quantization\.json"):
-        export_compressed(plain, destination)
+        export_packed(plain, destination, COMPRESSED)
 
     fp32 = tmp_path / "fp32"
     FAMILIES["qwen3_vl"](layers=1).save_pretrained(fp32)
@@ -370,14 +321,14 @@ def test_what_cannot_be_released_is_refused_before_writing(tmp_path: Path) -> No
     del tensors[dropped]
     save_file(tensors, qat / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(GraceError, match=r"scales without weights for 1 layers, first .*up_proj"):
-        export_compressed(qat, destination)
+        export_packed(qat, destination, COMPRESSED)
     shutil.copy(tmp_path / "keep", qat / "model.safetensors")
     assert not destination.exists()
 
     destination.mkdir()
     (destination / "precious").write_text("kept")
     with pytest.raises(GraceError, match="exists already"):
-        export_compressed(qat, destination)
+        export_packed(qat, destination, COMPRESSED)
     assert [file.name for file in destination.iterdir()] == ["precious"]
 
 

@@ -257,6 +257,11 @@ class Quantization(TrainingStage):
 
     variants: tuple[Precision, ...] = Field(("w8", "w4"), min_length=1)
     group_size: PositiveInt = Field(128, description="consecutive weights that share one scale")
+    awq: bool = Field(
+        True,
+        description="release W4 as AWQ GEMM too, for runtimes that read it; an error where a scale "
+        "does not fit into its fp16",
+    )
 
 
 class LocalLaunch(Section):

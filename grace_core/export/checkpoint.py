@@ -27,6 +27,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from grace_core.errors import GraceError
+from grace_core.export.lazy_tensors import DTYPES
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -53,35 +54,39 @@ class WeightFiles:
     Attributes:
         folder: the checkpoint directory.
         files: tensor names in each file, by file name.
+        headers: dtype and shape of every tensor.
     """
 
     folder: Path
     files: dict[str, tuple[str, ...]]
+    headers: dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for names in self.files.values() for name in names)
-
-    def tensors(self, file: str) -> Iterator[tuple[str, Tensor]]:
-        """Every (name, tensor) of one file, on the CPU."""
-        with safe_open(self.folder / file, framework="pt") as opened:
-            for name in self.files[file]:
-                yield name, opened.get_tensor(name)
+        return tuple(self.headers)
 
     def read(self, name: str) -> Tensor:
-        """One tensor by its name on disk."""
+        """One tensor by its name on disk, on the CPU.
+
+        The file is mapped for this tensor alone: what was read before takes no memory.
+        """
         file = next(file for file, names in self.files.items() if name in names)
         with safe_open(self.folder / file, framework="pt") as opened:
             tensor: Tensor = opened.get_tensor(name)
         return tensor
+
+    def tensors(self, file: str) -> Iterator[tuple[str, Tensor]]:
+        """Every (name, tensor) of one file."""
+        for name in self.files[file]:
+            yield name, self.read(name)
 
 
 def weight_files(folder: Path) -> WeightFiles:
     """Find the weights of a checkpoint, in one file or in several with an index.
 
     Raises:
-        GraceError: there are none, a file is missing or damaged, or the index names a path outside
-            of the directory.
+        GraceError: there are none, a file is missing or damaged, a dtype is none that models are
+            trained in, or the index names a path outside of the directory.
     """
     index = folder / INDEX_FILE
     if index.is_file():
@@ -94,21 +99,27 @@ def weight_files(folder: Path) -> WeightFiles:
     if outside:
         raise GraceError(f"{index}: {outside[0]!r} is not a file of this directory")
     found = {}
+    headers: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     for file in files:
         try:
             with safe_open(folder / file, framework="pt") as opened:
                 found[file] = tuple(opened.keys())
+                for name in found[file]:
+                    header = opened.get_slice(name)
+                    headers[name] = DTYPES[header.get_dtype()], tuple(header.get_shape())
         except FileNotFoundError as error:
             raise GraceError(f"{folder}: {file} is missing; no complete checkpoint") from error
         except SafetensorError as error:
             raise GraceError(f"{folder}: {file} is damaged ({error})") from error
+        except KeyError as error:
+            raise GraceError(f"{folder}: {file} holds {name} as {error}, not supported") from error
     if weight_map is not None:
         listed = {(name, file) for name, file in weight_map.items()}
         present = {(name, file) for file, names in found.items() for name in names}
         if listed != present:
             name, file = min(listed ^ present)
             raise GraceError(f"{folder}: {INDEX_FILE} and {file} disagree about {name}")
-    return WeightFiles(folder, found)
+    return WeightFiles(folder, found, headers)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

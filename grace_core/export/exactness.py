@@ -1,9 +1,10 @@
 """The gate before publishing: a release must be the trained model, bit for bit.
 
 Two independent comparisons. On disk: the codes unpacked from the release equal those that the
-trained weights and scales give, scales and all other tensors are equal, and exactly the trained
-layers are packed. In use: the bf16 logits of the release, loaded with plain ``from_pretrained``,
-are ``torch.equal`` to those of the fake-quantized model on given batches.
+trained weights and scales give, scales and all other tensors are equal, exactly the trained layers
+are packed, and ``config.json`` says how. In use: the bf16 logits of the release are ``torch.equal``
+to those of the fake-quantized model on given batches. The release is loaded with plain
+``from_pretrained`` where that runs on any machine, else (AWQ) from codes and scales as read.
 
 Both models come from ``from_pretrained``, in which RoPE frequencies stay fp32; casting a model with
 ``.to(bfloat16)`` rounds them too and would show false differences.
@@ -11,9 +12,9 @@ Both models come from ``from_pretrained``, in which RoPE frequencies stay fp32; 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,19 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from grace_core.errors import GraceError
-from grace_core.export.checkpoint import WeightFiles, model_names, skeleton, weight_files
-from grace_core.export.compressed import quantized_tensors
+from grace_core.export.checkpoint import (
+    WeightFiles,
+    model_names,
+    read_config,
+    skeleton,
+    weight_files,
+)
+from grace_core.export.compressed import COMPRESSED
+from grace_core.export.dense import load_dense
+from grace_core.export.formats import PackedForm, PackedLayer
+from grace_core.export.release import packed_layers
 from grace_core.quantization.checkpoint import TrainedScales, is_quantized, load_scales
 from grace_core.quantization.convert import convert_with_scales
-from grace_core.quantization.lsq import quantize, stored_scale
-from grace_core.quantization.packing import unpack_codes
 
 SHOWN = 8
 """Differences that an error names before it only counts the rest."""
@@ -66,6 +74,7 @@ def check_release(
     release: Path,
     batches: Sequence[Mapping[str, Tensor]],
     *,
+    form: PackedForm = COMPRESSED,
     device: torch.device | str = "cpu",
 ) -> ExactnessReport:
     """Prove that ``release`` computes what was trained in ``source``.
@@ -75,6 +84,7 @@ def check_release(
         release: what the export made of it.
         batches: keyword arguments of the model's forward pass, at least one batch, better some
             with and some without pictures.
+        form: in which a quantized model is released.
         device: where the logits are computed; one model at a time is held there.
 
     Raises:
@@ -83,10 +93,10 @@ def check_release(
     assert batches, "the gate needs at least one batch"
     trained = load_scales(source) if is_quantized(source) else None
     counts = _Counts()
-    _refuse(release, list(_differences(source, release, trained, counts)))
+    _refuse(release, list(_differences(source, release, trained, form, counts)))
 
     expected = _logits(_load_trained(source, trained, device), batches, device)
-    actual = _logits(_load_release(release, trained), batches, device)
+    actual = _logits(_load_release(release, trained, form), batches, device)
     _refuse(release, list(_logit_differences(expected, actual)))
     return ExactnessReport(
         layers=counts.layers,
@@ -111,51 +121,85 @@ def _refuse(release: Path, differences: list[str]) -> None:
 
 
 def _differences(
-    source: Path, release: Path, trained: TrainedScales | None, counts: _Counts
+    source: Path,
+    release: Path,
+    trained: TrainedScales | None,
+    form: PackedForm,
+    counts: _Counts,
 ) -> Iterator[str]:
     ours, theirs = weight_files(source), weight_files(release)
-    layer_of: Mapping[str, str] = {}
+    layers: Mapping[str, PackedLayer] = {}
+    model = skeleton(source)
     if trained is not None:
-        names = model_names(skeleton(source), ours.names)
-        layer_of = quantized_tensors(names, trained.scales, source)
+        layers = packed_layers(ours, model_names(model, ours.names), trained)
+    yield from _config_differences(source, release, model, trained, form)
     unseen = set(theirs.names)
-    for name, tensor in chain.from_iterable(map(ours.tensors, ours.files)):
-        if name in layer_of:
-            assert trained is not None
-            parts = {f"{name}_packed", f"{name}_scale", f"{name}_shape"}
+    for name in ours.names:
+        if name in layers:
+            parts = set(form.parts(name))
             if not parts <= unseen:
                 yield f"{name}: not packed, {', '.join(sorted(parts - unseen))} missing"
             else:
                 counts.layers += 1
-                counts.codes += tensor.numel()
-                yield from _packed_differences(name, tensor, layer_of[name], trained, theirs)
+                counts.codes += layers[name].out_features * layers[name].in_features
+                yield from _packed_differences(layers[name], form, theirs)
             unseen -= parts
         elif name not in unseen:
             yield f"{name}: missing"
         else:
             counts.tensors += 1
-            yield from _tensor_difference(name, tensor, theirs.read(name))
+            yield from _tensor_difference(name, ours.read(name), theirs.read(name))
             unseen.discard(name)
     yield from (f"{name}: not in the trained model" for name in sorted(unseen))
 
 
-def _packed_differences(
-    name: str, weight: Tensor, layer: str, trained: TrainedScales, release: WeightFiles
+def _config_differences(
+    source: Path,
+    release: Path,
+    model: Any,
+    trained: TrainedScales | None,
+    form: PackedForm,
 ) -> Iterator[str]:
-    scale = stored_scale(trained.scales[layer])
-    shape = release.read(f"{name}_shape").tolist()
-    if shape != list(weight.shape):
-        yield f"{name}_shape: {shape}, trained {list(weight.shape)}"
+    """config.json must be the trained one and, where packed, say so as the form does."""
+    expected = read_config(source)
+    if trained is not None:
+        expected["quantization_config"] = form.quantization_config(
+            model, trained.scales, trained.bits, trained.group_size
+        )
+    file = release / "config.json"
+    try:
+        actual = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        yield f"config.json: {type(error).__name__}: {error}"
         return
-    yield from _tensor_difference(f"{name}_scale", scale, release.read(f"{name}_scale"))
-    words = release.read(f"{name}_packed")
-    codes = quantize(weight, scale, trained.bits, trained.group_size)
-    width = -(-weight.shape[1] * trained.bits // 32)
-    if words.dtype != torch.int32 or words.shape != (weight.shape[0], width):
-        yield f"{name}_packed: {words.dtype} {tuple(words.shape)} cannot hold the codes"
+    yield from _json_differences("config.json", expected, actual)
+
+
+def _json_differences(where: str, expected: Any, actual: Any) -> Iterator[str]:
+    if isinstance(expected, dict) and isinstance(actual, dict):
+        for key in sorted(expected.keys() | actual.keys()):
+            if key not in actual:
+                yield f"{where}: {key} is missing"
+            elif key not in expected:
+                yield f"{where}: {key} is not the trained model's"
+            else:
+                yield from _json_differences(f"{where}: {key}", expected[key], actual[key])
+    elif expected != actual:
+        yield f"{where} is {json.dumps(actual)}, not {json.dumps(expected)}"
+
+
+def _packed_differences(
+    layer: PackedLayer, form: PackedForm, release: WeightFiles
+) -> Iterator[str]:
+    words, *others = form.tensors(layer)
+    for tensor in others:
+        yield from _tensor_difference(tensor.name, tensor.make(), release.read(tensor.name))
+    dtype, shape = release.headers[words.name]
+    if (dtype, shape) != (words.dtype, words.shape):
+        yield f"{words.name}: {dtype} {shape} cannot hold the codes"
         return
-    released = unpack_codes(words, trained.bits, weight.shape[1])
-    yield from _tensor_difference(f"{name} codes", codes, released)
+    released = form.codes(release.read(words.name), layer.bits, layer.in_features)
+    yield from _tensor_difference(f"{layer.name} codes", layer.codes(), released)
 
 
 def _tensor_difference(name: str, expected: Tensor, actual: Tensor) -> Iterator[str]:
@@ -181,7 +225,9 @@ def _load_trained(source: Path, trained: TrainedScales | None, device: torch.dev
     return model
 
 
-def _load_release(release: Path, trained: TrainedScales | None) -> Any:
+def _load_release(release: Path, trained: TrainedScales | None, form: PackedForm) -> Any:
+    if trained is not None and form is not COMPRESSED:
+        return load_dense(release, form, bits=trained.bits, group_size=trained.group_size)
     model, info = AutoModelForImageTextToText.from_pretrained(
         release, trust_remote_code=False, output_loading_info=True
     )

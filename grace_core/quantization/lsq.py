@@ -35,6 +35,8 @@ SCALE_DTYPE = torch.bfloat16
 MIN_SCALE = 1e-8
 NUM_CANDIDATES = 20
 CANDIDATE_RANGE = (0.3, 1.2)
+BLOCK_ELEMENTS = 1 << 20
+"""Weights whose codes are computed at a time."""
 
 
 def code_range(bits: int) -> tuple[int, int]:
@@ -101,15 +103,22 @@ def quantize(weight: Tensor, scale: Tensor, bits: int, group_size: int) -> Tenso
     """Codes q = clip(round(W / s), -Qn, Qp) as int8 (O, I).
 
     The division is done in fp32. For bf16 weights and scales that is exact enough to never move a
-    quotient onto or over a rounding boundary, so codes agree between devices.
+    quotient onto or over a rounding boundary, so codes agree between devices. Rows are taken in
+    blocks whose fp32 quotients stay in a processor's cache: several times as fast as all at once.
 
     Args:
         weight: (O, I), any floating dtype.
         scale: (O, G), stored scales (bf16).
     """
     low, high = code_range(bits)
-    ratio = grouped(weight, group_size) / scale.float().unsqueeze(-1)  # promoted to fp32
-    return ratio.round_().clamp_(low, high).to(torch.int8).flatten(1)
+    codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    groups, stored = grouped(weight, group_size), grouped(codes, group_size)
+    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
+    for begin in range(0, weight.shape[0], rows):
+        block = slice(begin, begin + rows)
+        ratio = groups[block] / scale[block].float().unsqueeze(-1)  # promoted to fp32
+        stored[block] = ratio.round_().clamp_(low, high)
+    return codes
 
 
 @torch.no_grad()

@@ -19,12 +19,12 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Pack int8 codes (O, I) into int32 words (O, ceil(I * bits / 32))."""
     _check(bits)
     assert codes.dtype == torch.int8 and codes.ndim == 2
-    per_word = 32 // bits
-    unsigned = (codes.to(torch.int16) + (1 << (bits - 1))).to(torch.uint8)
-    unsigned = F.pad(unsigned, (0, -codes.shape[1] % per_word))
+    unsigned = F.pad(unsigned_codes(codes, bits), (0, -codes.shape[1] % (32 // bits)))
     if bits == 4:
-        unsigned = unsigned[:, 0::2] | (unsigned[:, 1::2] << 4)
-    return unsigned.contiguous().view(torch.int32)
+        # Two codes lie in the bytes of a half-word; the second moves down beside the first.
+        pairs = unsigned.view(torch.int16)
+        unsigned = (pairs | (pairs >> 4)).to(torch.uint8)
+    return unsigned.view(torch.int32)
 
 
 def unpack_codes(words: Tensor, bits: int, in_features: int) -> Tensor:
@@ -39,6 +39,11 @@ def unpack_codes(words: Tensor, bits: int, in_features: int) -> Tensor:
         unsigned = torch.stack((unsigned & 0xF, unsigned >> 4), dim=-1).flatten(1)
     codes = unsigned[:, :in_features].to(torch.int16) - (1 << (bits - 1))
     return codes.to(torch.int8)
+
+
+def unsigned_codes(codes: Tensor, bits: int) -> Tensor:
+    """q + 2^(b-1) as uint8, from int8 codes of any shape."""
+    return codes.contiguous().view(torch.uint8) + (1 << (bits - 1))  # modulo 256
 
 
 def _check(bits: int) -> None:

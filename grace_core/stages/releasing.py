@@ -1,12 +1,17 @@
-"""Stages `release-*`: the form that users load, proven equal to what was trained."""
+"""Stages `release-*`: the forms that users load, proven equal to what was trained."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from grace_core.artifacts import Artifact, ArtifactWriter
 from grace_core.config.model import GraceConfig
-from grace_core.export.compressed import export_bf16, export_compressed
+from grace_core.export.awq import AWQ
+from grace_core.export.compressed import COMPRESSED
 from grace_core.export.exactness import check_release
+from grace_core.export.formats import PackedForm
 from grace_core.export.gate_batches import gate_batches
+from grace_core.export.release import AWQ_FOLDER, MODEL_FOLDER, export_bf16, export_packed
 from grace_core.models.loading import load_tokenizer, read_checkpoint
 from grace_core.models.visual_inputs import VisualInputs
 from grace_core.quantization.checkpoint import is_quantized
@@ -15,21 +20,35 @@ from grace_core.stages.once import StageContext, once
 
 
 def release(config: GraceConfig, model: Artifact, context: StageContext) -> Artifact:
-    """Stages `release-*`: the form that users load, proven equal to what was trained."""
+    """Stages `release-*`: the forms that users load, proven equal to what was trained.
+
+    The artifact holds a folder a form; `release_folders` lists them.
+    """
     stage = f"release-{model.manifest.stage}"
+    forms: dict[str, PackedForm] = {MODEL_FOLDER: COMPRESSED}
+    section = {}
+    if model.manifest.stage == "w4" and config.quantize.awq:
+        forms[AWQ_FOLDER] = AWQ
+        section = {"awq": True}
 
     def make(writer: ArtifactWriter) -> None:
-        source, destination = model.path / "model", writer.path / "model"
-        (export_compressed if is_quantized(source) else export_bf16)(source, destination)
-        folder = read_checkpoint(source)
-        report = check_release(
-            source,
-            destination,
-            gate_batches(load_tokenizer(source), VisualInputs(folder)),
-            device=evaluation_device(config),
-        )
-        size = sum(file.stat().st_size for file in destination.rglob("*") if file.is_file())
-        writer.metrics["bytes"] = float(size)
-        writer.facts["exactness"] = vars(report)
+        source = model.path / "model"
+        batches = gate_batches(load_tokenizer(source), VisualInputs(read_checkpoint(source)))
+        for folder, form in forms.items():
+            destination = writer.path / folder
+            if is_quantized(source):
+                export_packed(source, destination, form)
+            else:
+                export_bf16(source, destination)
+            report = check_release(
+                source, destination, batches, form=form, device=evaluation_device(config)
+            )
+            prefix = "" if folder == MODEL_FOLDER else f"{folder}/"
+            writer.metrics[f"{prefix}bytes"] = float(_size(destination))
+            writer.facts[f"{prefix}exactness"] = vars(report)
 
-    return once(config, context, stage, {}, {"model": model.as_parent()}, make)
+    return once(config, context, stage, section, {"model": model.as_parent()}, make)
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
