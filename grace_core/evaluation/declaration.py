@@ -10,12 +10,16 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from grace_core.evaluation.items import Gold, Item, Kind, Picture, Question
+from grace_core.evaluation.prompts import PromptStyle
 
 Row = Mapping[str, Any]
 """One row of a data set: column -> value, pictures as `Picture` where they were loaded."""
 
-ColumnType = Literal["text", "texts", "integer", "identifier", "picture", "pictures", "record"]
-"""`identifier`: text or a whole number; `texts`: a list of texts; `record`: a nested object."""
+ColumnType = Literal[
+    "text", "texts", "integer", "identifier", "picture", "pictures", "record", "records"
+]
+"""`identifier`: text or a whole number, read as text; `texts`: a list of texts, or text that looks
+like one; `record`: a nested object; `records`: a list of them."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Source:
 
     config: str | None = None
     """The data set's configuration; None where there is only one, "*" for all, in order."""
+
+    pictures: str | None = None
+    """Configuration of a table of pictures by `id`, where a row's picture cell names one of it."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +112,9 @@ class Benchmark:
     gold: Callable[[Row, str], Gold]
     """The gold of a row under the given id. Raises ValueError saying what is wrong with the row."""
 
-    content: Callable[[Row], tuple[str | Picture, ...]]
-    """What is put to the model, pictures included. Raises ValueError like `gold`."""
+    content: Callable[[Row, PromptStyle], tuple[str | Picture, ...]]
+    """What is put to the model in a style's words, pictures included. Raises ValueError like
+    `gold`."""
 
     identify: Callable[[Row, int], str]
     """The id of a row at a position from 0, before repetitions are told apart."""
@@ -127,10 +135,10 @@ class Benchmark:
     pictures_needed: bool = True
     """Whether every row has a picture; otherwise some are questions of text alone."""
 
-    def item(self, row: Row, item_id: str) -> Item:
+    def item(self, row: Row, item_id: str, style: PromptStyle) -> Item:
         """Raises ValueError saying what is wrong with the row."""
         gold = self.gold(row, item_id)
-        return Item(Question(item_id, gold.kind, self.content(row)), gold)
+        return Item(Question(item_id, gold.kind, self.content(row, style)), gold)
 
 
 def identified(benchmark: Benchmark, rows: Iterable[Row]) -> Iterable[tuple[str, Row]]:

@@ -15,8 +15,9 @@ from grace_core.errors import GraceError
 from grace_core.evaluation.benchmarks import find_benchmark
 from grace_core.evaluation.generate import generate_answers
 from grace_core.evaluation.held_out import held_out_loss
+from grace_core.evaluation.loading.place import Wanted, locate
+from grace_core.evaluation.loading.rows import load_items
 from grace_core.evaluation.score import score
-from grace_core.evaluation.sources import load_items
 from grace_core.models.loading import (
     CheckpointFolder,
     load_model,
@@ -87,10 +88,11 @@ def _evaluate(
     visual = VisualInputs(folder)
     (writer.path / "predictions").mkdir()
     results = {}
-    chosen = {
-        name: load_items(find_benchmark(name), benchmarks.path / name)[: settings.items]
-        for name in settings.benchmarks
-    }
+    chosen = {}
+    for name in settings.benchmarks:
+        declared = find_benchmark(name)
+        place = locate(declared, Wanted(path=benchmarks.path / name))
+        chosen[name] = load_items(declared, place, limit=settings.items)
     held_out = 0 if data is None else int(data.manifest.metrics["held_out"])
     total = held_out + sum(len(items) for items in chosen.values())
     before = 0  # questions of the benchmarks that are done

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from grace_core.evaluation.declaration import Benchmark, Column, Marked, Metrics, Row
 from grace_core.evaluation.items import Gold, Kind, Picture
 from grace_core.evaluation.metrics import by_field, share
+from grace_core.evaluation.prompts import PromptStyle
 from grace_core.evaluation.rules import POLICY
 from grace_core.toy.world import CHOICE_BENCHMARK, YESNO_BENCHMARK, prompt_for
 
@@ -31,7 +32,8 @@ def _gold(row: Row, item_id: str) -> Gold:
     return Gold(item_id, kind, choices or None, (answer,), {"category": row["category"]})
 
 
-def _content(row: Row) -> tuple[str | Picture, ...]:
+def _content(row: Row, style: PromptStyle) -> tuple[str | Picture, ...]:
+    """Worded as the toy models were taught, in whatever style."""
     return row["image"], prompt_for(row)
 
 
