@@ -100,9 +100,31 @@ def _terminate_flow(scene: Scene) -> bool:
 def _cancel(scene: Scene) -> bool:
     try:
         scene.servers.api.cancel(scene.flow_run_id)
+    except TimeoutError:
+        return _heard_of_it(scene)
     except urllib.error.URLError:  # the server is busy, or on its way back
         return False
     return True
+
+
+def _heard_of_it(scene: Scene) -> bool:
+    """Whether a server that was away while it was asked to cancel has done so since.
+
+    The request waits in its socket and is worked on some time after the server is back.
+    """
+    back_until = time.monotonic() + 90.0
+    asked_until: float | None = None
+    while time.monotonic() < (asked_until or back_until):
+        try:
+            run = scene.servers.api.flow_run(scene.flow_run_id)
+        except OSError:
+            time.sleep(0.5)
+            continue
+        if run.type in ("CANCELLING", "CANCELLED"):
+            return True
+        asked_until = asked_until or time.monotonic() + 10.0
+        time.sleep(0.5)
+    return False
 
 
 def _kill_worker(scene: Scene) -> bool:
