@@ -96,6 +96,8 @@ def words(text: str) -> str:
     return " ".join(text.split())
 
 
+SCORING = ("score", "extract")
+
 GROUPED = (
     "toy",
     "toy world",
@@ -107,7 +109,7 @@ GROUPED = (
 )
 
 
-@pytest.mark.parametrize("command", ["", *COMMANDS, "publish", *GROUPED])
+@pytest.mark.parametrize("command", ["", *COMMANDS, "publish", *SCORING, *GROUPED])
 def test_help_is_there(cli: Cli, command: str) -> None:
     code, out, _ = cli(*command.split(), "--help")
     assert code == 0
@@ -117,7 +119,7 @@ def test_help_is_there(cli: Cli, command: str) -> None:
 def test_help_teaches_by_example(cli: Cli) -> None:
     out = words(cli("--help")[1])
     assert "grace run configs/toy.yaml --set seed=3" in out
-    for command in (*COMMANDS, "publish"):
+    for command in (*COMMANDS, "publish", *SCORING):
         assert f" {command} " in out
 
 

@@ -88,7 +88,7 @@ def test_no_headline_unless_every_item_was_answered(
 
 
 def test_predictions_of_another_run_are_refused() -> None:
-    with pytest.raises(GraceError, match="'9' is of no item"):
+    with pytest.raises(GraceError, match=r"a prediction is of no item \('9'\)"):
         score(TOY_CHOICE, GOLDS, [Prediction("9", "A")])
     with pytest.raises(GraceError, match="'1' stands twice"):
         score(TOY_CHOICE, GOLDS, [Prediction("1", "A"), Prediction("1", "B")])

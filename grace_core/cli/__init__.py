@@ -3,5 +3,6 @@
 from grace_core.cli.app import main
 from grace_core.cli.bench import bench
 from grace_core.cli.kubernetes import kubernetes
+from grace_core.cli.scoring import extract, score
 
-__all__ = ["bench", "kubernetes", "main"]
+__all__ = ["bench", "extract", "kubernetes", "main", "score"]

@@ -36,6 +36,22 @@ class Column:
     otherwise: tuple[str, ...] = ()
     """Names that copies of the data set use for the column."""
 
+    def fits(self, value: object) -> bool:
+        """Whether a row's value is of the type; pictures are judged where they are loaded."""
+        if value is None:
+            return self.nullable
+        if self.type == "texts":
+            return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
+        if isinstance(value, bool):
+            return False
+        types: dict[ColumnType, type | tuple[type, ...]] = {
+            "text": str,
+            "integer": int,
+            "identifier": (str, int),
+            "record": dict,
+        }
+        return isinstance(value, types.get(self.type, object))
+
 
 @dataclass(frozen=True)
 class Source:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from grace_core.errors import GraceError
-from grace_core.evaluation.declaration import Benchmark, Marked, Metric, Metrics, Reading
+from grace_core.evaluation.declaration import Benchmark, Marked, Metric, Metrics, Reading, Rule
 from grace_core.evaluation.items import Gold, Prediction
+
+_NAMED = 5
+"""Of a list of bad ids, how many a message names."""
 
 
 @dataclass(frozen=True)
@@ -22,13 +25,23 @@ class ItemScore:
 
     def to_dict(self) -> dict[str, Any]:
         """`{"id", "response", "error", "answer", "correct"}`; None where there is no such thing."""
+        judged = self.reading is not None and bool(self.gold.answers)
         return {
             "id": self.gold.id,
             "response": None if self.prediction is None else self.prediction.response,
             "error": None if self.prediction is None else self.prediction.error,
             "answer": None if self.reading is None else self.reading.answer,
-            "correct": None if self.reading is None else self.reading.correct,
+            "correct": self.reading.correct if self.reading is not None and judged else None,
         }
+
+
+@dataclass(frozen=True)
+class RuleScore:
+    """How a rule fared with the responses."""
+
+    rule: Rule
+    parse_failures: tuple[str, ...]
+    """Ids of the items whose response it reads nothing from; they count as wrong."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +53,7 @@ class BenchmarkScore:
     metrics: Metrics
     """Of every rule, each name with the rule's before it; of the judged items, if some miss."""
 
+    rules: tuple[RuleScore, ...]
     headline_refused: str | None
     """Why no number may stand for the benchmark."""
 
@@ -70,13 +84,18 @@ class BenchmarkScore:
         return sum(item.reading is not None and not item.reading.answer for item in self.items)
 
     @property
+    def headlines(self) -> Metrics:
+        """The metrics that stand for the benchmark, the headline first; none where refused."""
+        if self.headline_refused is not None:
+            return {}
+        return {
+            name: self.metrics[name] for name in self.benchmark.headline if name in self.metrics
+        }
+
+    @property
     def headline(self) -> tuple[str, Metric] | None:
         """The metric that stands for the benchmark, and its value; None where it is refused."""
-        if self.headline_refused is not None:
-            return None
-        return next(
-            (name, self.metrics[name]) for name in self.benchmark.headline if name in self.metrics
-        )
+        return next(iter(self.headlines.items()), None)
 
     @property
     def accuracy(self) -> float | None:
@@ -93,56 +112,99 @@ class BenchmarkScore:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON, without the items."""
-        headline = None
-        if self.headline is not None:
-            headline = {"metric": self.headline[0], "percent": self.headline[1].percent}
+        headlines = [
+            {"metric": name, "percent": metric.percent} for name, metric in self.headlines.items()
+        ]
         return {
             "benchmark": self.benchmark.name,
-            "rules": {rule.name: rule.source for rule in self.benchmark.rules},
+            "rules": {
+                each.rule.name: {
+                    "rule": each.rule.source,
+                    "parse_failures": len(each.parse_failures),
+                    "parse_failure_ids": list(each.parse_failures),
+                }
+                for each in self.rules
+            },
             "total": self.total,
             "answered": self.answered,
             "errors": self.errors,
             "missing": self.missing,
             "parse_failures": self.parse_failures,
-            "headline": headline,
+            "headline": headlines[0] if headlines else None,
+            "further_headlines": headlines[1:],
             "headline_refused": self.headline_refused,
             "metrics": {name: vars(metric) for name, metric in self.metrics.items()},
         }
 
 
 def score(
-    benchmark: Benchmark, golds: Sequence[Gold], predictions: Iterable[Prediction]
+    benchmark: Benchmark,
+    golds: Sequence[Gold],
+    predictions: Iterable[Prediction],
+    aside: Collection[str] = (),
 ) -> BenchmarkScore:
     """Judge predictions by every rule of the benchmark.
+
+    golds: of the rows, in order. aside: ids of those that the benchmark leaves out; where they were
+        answered they have metrics of their own, but they are never expected.
 
     Raises GraceError when an item has two predictions or a prediction has no item, which happens
     when files of different runs are mixed.
     """
-    known = {gold.id for gold in golds}
-    found: dict[str, Prediction] = {}
-    for prediction in predictions:
-        if prediction.item_id not in known or prediction.item_id in found:
-            what = "stands twice" if prediction.item_id in found else "is of no item"
-            raise GraceError(
-                f"{benchmark.name}: prediction {prediction.item_id!r} {what}; score the "
-                "predictions of one run of this very benchmark"
-            )
-        found[prediction.item_id] = prediction
+    found = _by_id(benchmark, {gold.id for gold in golds}, predictions)
     metrics: Metrics = {}
+    rules: list[RuleScore] = []
     items: tuple[ItemScore, ...] = ()
     for rule in benchmark.rules:
-        marked = []
-        for gold in golds:
-            said = found.get(gold.id)
-            if said is None or said.error is not None:
-                marked.append(Marked(gold, None))
-            else:
-                marked.append(Marked(gold, rule.read(gold, said.response)))
+        readings = {
+            gold.id: rule.read(gold, found[gold.id].response)
+            for gold in golds
+            if gold.id in found and found[gold.id].error is None
+        }
+        marked = [Marked(each, readings.get(each.id) if each.answers else None) for each in golds]
         metrics |= {f"{rule.name}.{name}": m for name, m in benchmark.metrics(marked).items()}
+        scored = tuple(
+            ItemScore(gold, found.get(gold.id), readings.get(gold.id))
+            for gold in golds
+            if gold.id not in aside
+        )
+        unread = (each.gold.id for each in scored if each.reading and not each.reading.answer)
+        rules.append(RuleScore(rule, tuple(unread)))
         if benchmark.headline[0].startswith(f"{rule.name}."):
-            items = tuple(
-                ItemScore(each.gold, found.get(each.gold.id), each.reading) for each in marked
+            items = scored
+    return BenchmarkScore(benchmark, items, metrics, tuple(rules), _refusal(items))
+
+
+def _by_id(
+    benchmark: Benchmark, known: Collection[str], predictions: Iterable[Prediction]
+) -> dict[str, Prediction]:
+    found: dict[str, Prediction] = {}
+    unknown: list[str] = []
+    for prediction in predictions:
+        if prediction.item_id in found:
+            raise GraceError(
+                f"{benchmark.name}: prediction {prediction.item_id!r} stands twice; score the "
+                "predictions of one run"
             )
+        if prediction.item_id not in known:
+            unknown.append(prediction.item_id)
+        found[prediction.item_id] = prediction
+    if unknown:
+        named = ", ".join(repr(each) for each in unknown[:_NAMED])
+        count = f"{len(unknown)} predictions are" if len(unknown) > 1 else "a prediction is"
+        raise GraceError(
+            f"{benchmark.name}: {count} of no item ({named}{', ...' * (len(unknown) > _NAMED)}); "
+            "score the predictions of one run of these very items"
+        )
+    return found
+
+
+def _refusal(items: Sequence[ItemScore]) -> str | None:
+    """Why no number may stand for the benchmark, or None."""
+    if not items:
+        return "there are no items"
+    hidden = sum(not item.gold.answers for item in items)
+    if hidden:
+        return f"{hidden} of {len(items)} items have no public answer; hand in the responses"
     unjudged = sum(item.reading is None for item in items)
-    refused = f"{unjudged} of {len(items)} items have no answer" if unjudged else None
-    return BenchmarkScore(benchmark, items, metrics, refused)
+    return f"{unjudged} of {len(items)} items have no response" if unjudged else None

@@ -5,16 +5,38 @@ from __future__ import annotations
 import difflib
 
 from grace_core.errors import GraceError
+from grace_core.evaluation.benchmarks.ai2d import AI2D, AI2D_NO_MASK
+from grace_core.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
+from grace_core.evaluation.benchmarks.mmbench import MMBENCH
+from grace_core.evaluation.benchmarks.mmmu import MMMU
+from grace_core.evaluation.benchmarks.mmstar import MMSTAR
+from grace_core.evaluation.benchmarks.scienceqa import SCIENCEQA
+from grace_core.evaluation.benchmarks.seedbench import SEEDBENCH
 from grace_core.evaluation.benchmarks.toy import TOY_CHOICE, TOY_YESNO
 from grace_core.evaluation.declaration import Benchmark
 
-BENCHMARKS: dict[str, Benchmark] = {each.name: each for each in (TOY_CHOICE, TOY_YESNO)}
+BENCHMARKS: dict[str, Benchmark] = {
+    each.name: each
+    for each in (
+        HALLUSIONBENCH,
+        MMBENCH,
+        SCIENCEQA,
+        AI2D,
+        AI2D_NO_MASK,
+        MMMU,
+        SEEDBENCH,
+        MMSTAR,
+        TOY_CHOICE,
+        TOY_YESNO,
+    )
+}
+"""By name, in the model card's order."""
 
 
 def find_benchmark(name: str) -> Benchmark:
     """The declaration of a benchmark. Raises GraceError, with the nearest name, for another."""
     if name in BENCHMARKS:
         return BENCHMARKS[name]
-    near = difflib.get_close_matches(name.lower().replace("_", "-"), BENCHMARKS, n=1)
+    near = difflib.get_close_matches(name.lower().replace("_", "-"), BENCHMARKS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(BENCHMARKS)}"
     raise GraceError(f"no benchmark is called {name!r}; {hint}")

@@ -1,0 +1,155 @@
+"""MMMU: 30 college subjects in 6 domains; validation has 847 questions with options, 53 without."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Sequence
+
+from grace_core.evaluation.answers.mmmu import read_choice
+from grace_core.evaluation.benchmarks.letters import gold_letter
+from grace_core.evaluation.declaration import (
+    Benchmark,
+    Column,
+    Marked,
+    Metrics,
+    Reading,
+    Row,
+    Rule,
+    Source,
+)
+from grace_core.evaluation.items import Gold, Picture
+from grace_core.evaluation.metrics import by_field, share, where
+from grace_core.evaluation.rules import POLICY, lettered, read_open_answer
+
+_PICTURES = 7
+_SUBJECTS = {
+    "Art and Design": ("Art", "Art_Theory", "Design", "Music"),
+    "Business": ("Accounting", "Economics", "Finance", "Manage", "Marketing"),
+    "Health and Medicine": (
+        "Basic_Medical_Science",
+        "Clinical_Medicine",
+        "Diagnostics_and_Laboratory_Medicine",
+        "Pharmacy",
+        "Public_Health",
+    ),
+    "Humanities and Social Science": ("History", "Literature", "Psychology", "Sociology"),
+    "Science": ("Biology", "Chemistry", "Geography", "Math", "Physics"),
+    "Tech and Engineering": (
+        "Agriculture",
+        "Architecture_and_Engineering",
+        "Computer_Science",
+        "Electronics",
+        "Energy_and_Power",
+        "Materials",
+        "Mechanical_Engineering",
+    ),
+}
+_DOMAINS = {subject: domain for domain, subjects in _SUBJECTS.items() for subject in subjects}
+
+
+def _texts(value: object, column: str) -> list[str]:
+    """A list that the data set keeps as Python's text for it."""
+    if isinstance(value, str):
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{column} {value!r} is not the text of a list") from None
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"{column} {value!r} is no list")
+    return [str(each) for each in value]
+
+
+def _open_golds(answer: object) -> tuple[str, ...]:
+    if not isinstance(answer, str):
+        return tuple(_texts(answer, "answer"))
+    if answer.strip() in ("", "?"):
+        return ()
+    if not answer.lstrip().startswith("["):
+        return (answer,)
+    try:
+        return tuple(_texts(answer, "answer"))
+    except ValueError:
+        return (answer,)  # such as an interval, "[0, 1)"
+
+
+def _gold(row: Row, item_id: str) -> Gold:
+    subject = "_".join(str(row["id"]).split("_")[1:-1])
+    if subject not in _DOMAINS:
+        raise ValueError(f"id {row['id']!r} names none of the 30 subjects")
+    fields = {"subject": subject, "domain": _DOMAINS[subject], "type": row["question_type"]}
+    if row["question_type"] != "multiple-choice":
+        fields["type"] = "open"
+        return Gold(item_id, "open", None, _open_golds(row["answer"]), fields)
+    choices = lettered(_texts(row["options"], "options"))
+    return Gold(item_id, "mcq", choices, gold_letter(row["answer"], choices), fields)
+
+
+def _content(row: Row) -> tuple[str | Picture, ...]:
+    if row["question_type"] == "multiple-choice":
+        options = lettered(_texts(row["options"], "options"))
+        lines = "".join(f"\n{letter}. {text}" for letter, text in options.items())
+        instruction = "Answer with the option's letter from the given choices directly."
+    else:
+        lines = ""
+        instruction = "Answer the question using a single word or phrase."
+    pictures = {str(n): row.get(f"image_{n}") for n in range(1, _PICTURES + 1)}
+    parts: list[str | Picture] = []
+    text = f"{row['question']}{lines}\n\n{instruction}"
+    for index, part in enumerate(re.split(r"<image ([1-7])>", text)):
+        if index % 2 == 0:
+            parts += [part] if part else []
+        elif (picture := pictures[part]) is None:
+            raise ValueError(f"image_{part} is named in the text and missing")
+        else:
+            parts.append(picture)
+    return tuple(parts)
+
+
+def _read(gold: Gold, response: str) -> Reading:
+    if gold.kind == "open":
+        return read_open_answer(gold, response)
+    assert gold.choices is not None
+    answer = read_choice(response, gold.choices)
+    return Reading(answer, answer in gold.answers)
+
+
+def _metrics(marked: Sequence[Marked]) -> Metrics:
+    return {
+        **share("overall", marked),
+        **share("multiple_choice", where(marked, "type", "multiple-choice")),
+        **share("open", where(marked, "type", "open")),
+        **by_field("by_domain", marked, "domain"),
+        **by_field("by_subject", marked, "subject"),
+    }
+
+
+MMMU = Benchmark(
+    name="mmmu",
+    title="MMMU",
+    source=Source("MMMU/MMMU", "validation", "*"),
+    columns={
+        "id": Column("text", scores=True),
+        "question": Column("text"),
+        "options": Column("text", scores=True),
+        "question_type": Column("text", scores=True),
+        "answer": Column("text", scores=True, nullable=True),
+        **{f"image_{n}": Column("picture", nullable=True) for n in range(1, _PICTURES + 1)},
+    },
+    gold=_gold,
+    content=_content,
+    identify=lambda row, position: str(row["id"]),
+    rules=(
+        Rule(
+            "official.fallback_wrong",
+            "MMMU @bb0b95a9, its parsers for choices and open answers, list golds read; where they "
+            "would draw a letter at random the response is unreadable and wrong",
+            _read,
+        ),
+        POLICY,
+    ),
+    metrics=_metrics,
+    headline=("official.fallback_wrong.overall",),
+    max_new_tokens={"mcq": 128, "open": 128},
+    pictures_needed=False,
+)
