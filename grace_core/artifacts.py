@@ -36,7 +36,7 @@ from grace_core.errors import GraceError
 from grace_core.hardware import hardware
 
 MANIFEST = "manifest.json"
-OUTSIDE = ("checkpoint", "tokenizer", "annotations", "pictures")
+OUTSIDE = ("checkpoint", "tokenizer", "annotations", "pictures", "benchmark")
 """Kinds of parents that no stage made."""
 
 _RECORDED_PACKAGES = (

@@ -79,7 +79,8 @@ def _same_work(config: GraceConfig, artifact: Artifact) -> bool:
     if stage.startswith("evaluate-"):
         names = ("benchmarks", "items", "max_new_tokens")
         wanted = config.evaluation.model_dump(mode="json")
-        return all(recorded.get(name) == wanted[name] for name in names)
+        before = artifact.manifest.run_config.get("evaluation", {})
+        return all(before.get(name) == wanted[name] for name in names)
     return True
 
 

@@ -157,7 +157,7 @@ def made(
     name = f"{stage}-{number:012d}"
     parents = {"x": Parent(kind="checkpoint", path="x", digest=str(number))}
     folder = config.run_dir / "artifacts" / name
-    with new_artifact(folder, stage, settings, parents):
+    with new_artifact(folder, stage, settings, parents, config.model_dump(mode="json")):
         pass
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest |= {"seconds": seconds, "created": f"2026-01-02T03:04:{number:02d}+00:00"}
@@ -182,8 +182,7 @@ def test_earlier_durations_count_for_the_same_work_alone(tmp_path: Path) -> None
     damaged = made(config, "bf16", 4.0, {"training": training}, number=5)
     (tmp_path / "artifacts" / damaged / "manifest.json").write_text("{")
     assert earlier_seconds(config, "bf16") == 80.0, "the stage that needs it says so"
-    evaluation = config.evaluation.model_dump(mode="json")
-    made(config, "evaluate-w4", 11.0, evaluation, number=1)
+    made(config, "evaluate-w4", 11.0, {}, number=1)
     assert earlier_seconds(config, "evaluate-w4") == 11.0
     assert earlier_seconds(config_at(tmp_path, "evaluation.items=3"), "evaluate-w4") is None
 

@@ -223,7 +223,7 @@ def toy_world(
     ] = 0.1,
 ) -> None:
     """Write toy pictures with conversations, in ShareGPT4V's schema, and the toy benchmarks."""
-    from grace_core.stages.data import BENCHMARK_SEED
+    from grace_core.stages.benchmarks import BENCHMARK_SEED
     from grace_core.toy.world import write_benchmark, write_training_set
 
     annotations = write_training_set(

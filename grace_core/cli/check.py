@@ -49,6 +49,11 @@ def _add_section(tree: Tree, section: BaseModel) -> None:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        given = [
+            f"{name}: {_shown(getattr(value, name))}" for name in sorted(value.model_fields_set)
+        ]
+        return given[0] if len(given) == 1 else "{" + ", ".join(given) + "}"
     if isinstance(value, tuple):
         return f"[{', '.join(map(_shown, value))}]"
     if isinstance(value, bool) or value is None:

@@ -53,6 +53,7 @@ SlurmOption = Annotated[str, Field(pattern=r"^-[^\r\n]+$")]
 Layers = Annotated[Literal["auto", "none", "all"] | int, PlainValidator(_layers)]
 Precision = Literal["w8", "w4"]
 BenchmarkName = Literal["toy-choice", "toy-yesno"]
+PromptStyle = Literal["llava", "qwen3-vl", "vlmevalkit", "grace"]
 
 BITS: dict[Precision, int] = {"w8": 8, "w4": 4}
 
@@ -336,15 +337,61 @@ class Launch(Section):
         return self.grace_seconds
 
 
+class ChosenBenchmark(Section):
+    """A benchmark to be scored on; its name alone is enough where its declaration holds."""
+
+    name: BenchmarkName
+    path: str | None = Field(
+        None,
+        min_length=1,
+        description="file of rows, or folder of them, on this machine, instead of the Hub",
+    )
+    repository: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$",
+        description="data set of the Hub, `owner/name`; null: as declared",
+    )
+    config: str | None = Field(None, description="configuration of the data set; null: as declared")
+    split: str | None = Field(
+        None, description="split, or several joined by `+`; null: as declared"
+    )
+    revision: str | None = Field(
+        None, description="commit of the data set; pin it for a run that can be repeated"
+    )
+    pictures: str | None = Field(
+        None, description="folder below which pictures that rows name by path lie; null: the rows'"
+    )
+    items: PositiveInt | None = Field(
+        None, description="questions, from the first; null: as for all benchmarks"
+    )
+    prompt: PromptStyle | None = Field(
+        None, description="style of the prompts; null: as for all benchmarks"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_alone(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+
 class Evaluation(Section):
     """Benchmarks every model of the results table is scored on."""
 
-    benchmarks: tuple[BenchmarkName, ...] = Field(("toy-choice", "toy-yesno"), min_length=1)
+    benchmarks: tuple[ChosenBenchmark, ...] = Field(
+        (ChosenBenchmark(name="toy-choice"), ChosenBenchmark(name="toy-yesno")),
+        min_length=1,
+        description="names, or sections with a name and what differs from the declaration",
+    )
     items: PositiveInt | None = Field(
         None, description="questions of each benchmark, from its first; null: all"
     )
+    prompt: PromptStyle = Field("llava", description="style of the prompts: docs/benchmarks.md")
     batch_size: PositiveInt = Field(32, description="questions answered at once")
     max_new_tokens: PositiveInt = Field(8, description="tokens of an answer")
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(benchmark.name for benchmark in self.benchmarks)
 
 
 class DirectoryDestination(Section):

@@ -38,6 +38,9 @@ _LAUNCHER_OPTIONS = {
 """Options of sbatch that follow from other keys, and where to set those."""
 
 
+_GENERATED = ("toy-choice", "toy-yesno")
+
+
 class Unknown(Exception):
     """A rule asked for a value that is not valid itself."""
 
@@ -87,7 +90,26 @@ def _variants_once(config: GraceConfig) -> Iterator[str]:
 
 
 def _benchmarks_once(config: GraceConfig) -> Iterator[str]:
-    yield from _named_twice("evaluation.benchmarks", config.evaluation.benchmarks)
+    names = [benchmark.name for benchmark in config.evaluation.benchmarks]
+    yield from _named_twice("evaluation.benchmarks", names)
+
+
+def _benchmarks_from_one_place(config: GraceConfig) -> Iterator[str]:
+    for benchmark in config.evaluation.benchmarks:
+        if benchmark.path is not None:
+            beside = [key for key in ("repository", "revision") if getattr(benchmark, key)]
+            if beside:
+                yield (
+                    f"evaluation.benchmarks: {benchmark.name} has a path and a {beside[0]}; the "
+                    "one is on this machine, the other on the Hub: leave one out"
+                )
+        elif benchmark.repository is None and benchmark.name in _GENERATED:
+            beside = [key for key in ("config", "split", "revision") if getattr(benchmark, key)]
+            if beside:
+                yield (
+                    f"evaluation.benchmarks: {benchmark.name} is generated and has no "
+                    f"{beside[0]}; leave it out"
+                )
 
 
 def _group_size_divides_widths(config: GraceConfig) -> Iterator[str]:
@@ -251,6 +273,7 @@ _RULES: tuple[Rule, ...] = (
     _annotations_once,
     _variants_once,
     _benchmarks_once,
+    _benchmarks_from_one_place,
     _group_size_divides_widths,
     _teacher_has_no_teacher,
     _one_temperature_of_recorded_outputs,

@@ -65,6 +65,6 @@ def _lines(root: Path, leave_out: Path) -> Iterator[bytes]:
             yield b"closed %s\n" % os.fsencode(os.path.relpath(folder, top))
         except OSError as error:
             raise GraceError(
-                f"data.source.root: {folder} cannot be listed ({error.strerror}); start again when "
+                f"{folder} cannot be listed ({error.strerror}); start again when "
                 "nothing changes the pictures any more"
             ) from error

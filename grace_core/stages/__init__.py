@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from grace_core.stages.once import StageContext
 
 if TYPE_CHECKING:
-    from grace_core.stages.data import generate_benchmarks, generate_world, prepare_data
+    from grace_core.stages.benchmarks import prepare_benchmarks
+    from grace_core.stages.data import generate_world, prepare_data
     from grace_core.stages.evaluation import evaluate
     from grace_core.stages.publishing import find_publication, publish
     from grace_core.stages.releasing import release
@@ -29,8 +30,8 @@ __all__ = [
     "evaluate",
     "find_publication",
     "fit_teacher",
-    "generate_benchmarks",
     "generate_world",
+    "prepare_benchmarks",
     "prepare_data",
     "publish",
     "quantize",
@@ -39,7 +40,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    **dict.fromkeys(("generate_benchmarks", "generate_world", "prepare_data"), "data"),
+    "prepare_benchmarks": "benchmarks",
+    **dict.fromkeys(("generate_world", "prepare_data"), "data"),
     "evaluate": "evaluation",
     **dict.fromkeys(("find_publication", "publish"), "publishing"),
     "release": "releasing",

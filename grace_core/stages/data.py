@@ -1,4 +1,4 @@
-"""Stages `world`, `benchmarks` and `data`: from pictures and conversations to samples."""
+"""Stages `world` and `data`: from pictures and conversations to samples."""
 
 from __future__ import annotations
 
@@ -25,10 +25,7 @@ from grace_core.stages.sources import (
     sharegpt4v_files,
     world_section,
 )
-from grace_core.toy.world import write_benchmark, write_training_set
-
-BENCHMARK_SEED = 1
-"""The toy benchmark is the same for every run, whatever the run's own seed."""
+from grace_core.toy.world import write_training_set
 
 
 def generate_world(config: GraceConfig, context: StageContext) -> Artifact:
@@ -45,16 +42,6 @@ def generate_world(config: GraceConfig, context: StageContext) -> Artifact:
         )
 
     return once(config, context, "world", world_section(config), {}, make)
-
-
-def generate_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
-    """Stage `benchmarks`: the held-out toy benchmark, the same for every run."""
-    section = {"seed": BENCHMARK_SEED}
-
-    def make(writer: ArtifactWriter) -> None:
-        write_benchmark(writer.path, seed=BENCHMARK_SEED)
-
-    return once(config, context, "benchmarks", section, {}, make)
 
 
 def prepare_data(config: GraceConfig, context: StageContext) -> Artifact:

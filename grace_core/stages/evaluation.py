@@ -15,8 +15,7 @@ from grace_core.errors import GraceError
 from grace_core.evaluation.benchmarks import find_benchmark
 from grace_core.evaluation.generate import generate_answers
 from grace_core.evaluation.held_out import held_out_loss
-from grace_core.evaluation.loading.place import Wanted, locate
-from grace_core.evaluation.loading.rows import load_items
+from grace_core.evaluation.loading.prepared import read_items
 from grace_core.evaluation.score import score
 from grace_core.models.loading import (
     CheckpointFolder,
@@ -26,7 +25,8 @@ from grace_core.models.loading import (
     read_checkpoint,
 )
 from grace_core.models.visual_inputs import VisualInputs
-from grace_core.stages.data import generate_benchmarks, prepare_data
+from grace_core.stages.benchmarks import prepare_benchmarks
+from grace_core.stages.data import prepare_data
 from grace_core.stages.once import StageContext, checkpoint_parent, once, progress
 
 
@@ -45,13 +45,17 @@ def evaluate(
         sources = {"teacher": config.models.teacher, "baseline": config.models.student}
         folder = locate_checkpoint(sources[label])
         parent = checkpoint_parent(folder)
-    benchmarks = generate_benchmarks(config, context)
+    benchmarks = prepare_benchmarks(config, context)
     parents = {"model": parent, "benchmarks": benchmarks.as_parent()}
     data: Artifact | None = None
     if config.data.held_out_share > 0:
         data = prepare_data(config, context)
         parents["held_out"] = data.as_parent()
-    section = config.evaluation.model_dump(mode="json", exclude={"batch_size"})
+    # Which questions are asked, and how they are worded, is known by the benchmarks' content.
+    section = {
+        "benchmarks": list(config.evaluation.names),
+        "max_new_tokens": config.evaluation.max_new_tokens,
+    }
 
     def make(writer: ArtifactWriter) -> None:
         _evaluate(config, label, folder, benchmarks, data, writer, context)
@@ -88,11 +92,7 @@ def _evaluate(
     visual = VisualInputs(folder)
     (writer.path / "predictions").mkdir()
     results = {}
-    chosen = {}
-    for name in settings.benchmarks:
-        declared = find_benchmark(name)
-        place = locate(declared, Wanted(path=benchmarks.path / name))
-        chosen[name] = load_items(declared, place, limit=settings.items)
+    chosen = {name: read_items(benchmarks.path / name) for name in settings.names}
     held_out = 0 if data is None else int(data.manifest.metrics["held_out"])
     total = held_out + sum(len(items) for items in chosen.values())
     before = 0  # questions of the benchmarks that are done

@@ -1,0 +1,148 @@
+"""Stage `benchmarks`: the questions that every model of a run is asked, read and packed once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from grace_core.artifacts import Artifact, ArtifactWriter, Parent, fingerprint
+from grace_core.config.load import require_environment
+from grace_core.config.model import ChosenBenchmark, Evaluation, GraceConfig
+from grace_core.data.listing import listing_digest
+from grace_core.errors import GraceError
+from grace_core.evaluation.benchmarks import find_benchmark
+from grace_core.evaluation.loading.place import (
+    Place,
+    Wanted,
+    declared_source,
+    locate,
+    resolve_revision,
+)
+from grace_core.evaluation.loading.prepared import PicturePack, write_items
+from grace_core.evaluation.loading.rows import load_items
+from grace_core.evaluation.prompts import STYLES
+from grace_core.stages.once import StageContext, once
+from grace_core.toy.world import write_benchmark
+
+BENCHMARK_SEED = 1
+"""The toy benchmarks are the same for every run, whatever the run's own seed."""
+
+
+def prepare_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
+    """Stage `benchmarks`: a folder for each benchmark, to be read by `read_items`.
+
+    A benchmark of the Hub is known by the commit that its revision is at, one on this machine by
+    the names, sizes and times of its files; what was read from it, by content.
+    """
+    settings = config.evaluation
+    section: dict[str, Any] = {
+        "items": {each.name: each.items or settings.items for each in settings.benchmarks},
+        "prompts": {each.name: each.prompt or settings.prompt for each in settings.benchmarks},
+        "seed": BENCHMARK_SEED,
+    }
+    parents = {
+        f"source-{each.name}": _source_parent(each, config.run_dir)
+        for each in settings.benchmarks
+        if not _is_generated(each)
+    }
+
+    def make(writer: ArtifactWriter) -> None:
+        with TemporaryDirectory() as made:
+            if any(map(_is_generated, settings.benchmarks)):
+                write_benchmark(Path(made), seed=BENCHMARK_SEED)
+            # All are found and downloaded before the first is read.
+            places = {each: _locate(each, Path(made)) for each in settings.benchmarks}
+            for each, place in places.items():
+                _pack(each, place, settings, writer)
+
+    return once(config, context, "benchmarks", section, parents, make)
+
+
+def wanted(chosen: ChosenBenchmark) -> Wanted:
+    """The place that a configuration names. Raises GraceError where it needs a variable not set."""
+    for key in ("path", "pictures"):
+        require_environment(getattr(chosen, key) or "", f"evaluation.benchmarks.{key}")
+    return Wanted(
+        path=_path(chosen.path),
+        repository=chosen.repository,
+        config=chosen.config,
+        split=chosen.split,
+        revision=chosen.revision,
+        pictures=_path(chosen.pictures),
+    )
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text).expanduser()
+
+
+def _is_generated(chosen: ChosenBenchmark) -> bool:
+    """Whether its rows are those of the toy world."""
+    declared = find_benchmark(chosen.name)
+    return declared.source is None and chosen.path is None and chosen.repository is None
+
+
+def _locate(chosen: ChosenBenchmark, generated: Path) -> Place:
+    asked = Wanted(path=generated / chosen.name) if _is_generated(chosen) else wanted(chosen)
+    return locate(find_benchmark(chosen.name), asked)
+
+
+def _pack(
+    chosen: ChosenBenchmark, place: Place, settings: Evaluation, writer: ArtifactWriter
+) -> None:
+    folder = writer.path / chosen.name
+    folder.mkdir()
+    with PicturePack(folder) as pack:
+        items = load_items(
+            find_benchmark(chosen.name),
+            place,
+            limit=chosen.items or settings.items,
+            style=STYLES[chosen.prompt or settings.prompt],
+            store=pack,
+        )
+    write_items(items, folder)
+    writer.metrics[f"{chosen.name}/items"] = float(len(items))
+    writer.metrics[f"{chosen.name}/pictures"] = float(pack.count)
+    known: Mapping[str, str | None] = {
+        "repository": place.repository,
+        "revision": place.revision,
+        "prompt": chosen.prompt or settings.prompt,
+    }
+    writer.facts[chosen.name] = dict(known)
+
+
+def _source_parent(chosen: ChosenBenchmark, run_dir: Path) -> Parent:
+    declared, asked = find_benchmark(chosen.name), wanted(chosen)
+    what = {"config": chosen.config, "split": chosen.split}
+    if asked.path is None:
+        source = declared_source(declared, asked)
+        commit = resolve_revision(source.repository, asked.revision)
+        what |= {"repository": source.repository, "config": source.config, "split": source.split}
+        return Parent(
+            kind="benchmark",
+            path=source.repository,
+            digest=fingerprint("benchmark", {**what, "revision": commit}, {}),
+            revision=commit,
+        )
+    if not asked.path.exists():
+        raise GraceError(f"{chosen.name}: {asked.path} does not exist; mend its `path`")
+    pictures = asked.pictures
+    state = {
+        "rows": _state_of(asked.path, run_dir),
+        "pictures": None if pictures is None else _state_of(pictures, run_dir),
+    }
+    return Parent(
+        kind="benchmark",
+        path=str(asked.path),
+        digest=fingerprint("benchmark", {**what, **state}, {}),
+    )
+
+
+def _state_of(path: Path, run_dir: Path) -> str:
+    """Of a folder its listing, of a file its size and time: reading it all would take too long."""
+    if path.is_dir():
+        return listing_digest(path, run_dir)
+    status = path.stat()
+    return f"{path.name} {status.st_size} {status.st_mtime_ns}"
