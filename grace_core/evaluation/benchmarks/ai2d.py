@@ -12,6 +12,7 @@ from grace_core.evaluation.benchmarks.letters import gold_position
 from grace_core.evaluation.declaration import Benchmark, Column, Marked, Metrics, Row, Source
 from grace_core.evaluation.items import Gold, Picture
 from grace_core.evaluation.metrics import share
+from grace_core.evaluation.prompts import PromptStyle, choice_prompt
 from grace_core.evaluation.rules import POLICY, lettered, official
 
 
@@ -20,10 +21,8 @@ def _gold(row: Row, item_id: str) -> Gold:
     return Gold(item_id, "mcq", choices, gold_position(row["answer"], choices))
 
 
-def _content(row: Row) -> tuple[str | Picture, ...]:
-    options = "".join(f"\n{letter}. {text}" for letter, text in lettered(row["options"]).items())
-    instruction = "Answer with the option's letter from the given choices directly."
-    return row["image"], f"{row['question']}{options}\n{instruction}"
+def _content(row: Row, style: PromptStyle) -> tuple[str | Picture, ...]:
+    return row["image"], choice_prompt(style, row["question"], lettered(row["options"]))
 
 
 def _metrics(marked: Sequence[Marked]) -> Metrics:

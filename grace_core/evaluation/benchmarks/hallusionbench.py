@@ -19,6 +19,7 @@ from grace_core.evaluation.declaration import (
 )
 from grace_core.evaluation.items import Gold, Picture
 from grace_core.evaluation.metrics import share, where, whole_groups
+from grace_core.evaluation.prompts import PromptStyle, yes_no_prompt
 from grace_core.evaluation.rules import POLICY
 
 _SET = ("category", "subcategory", "set_id")
@@ -36,8 +37,8 @@ def _gold(row: Row, item_id: str) -> Gold:
     return Gold(item_id, "yesno", None, (_GOLDS[answer],), fields)
 
 
-def _content(row: Row) -> tuple[str | Picture, ...]:
-    text = f"{row['question']}\nPlease answer yes or no."
+def _content(row: Row, style: PromptStyle) -> tuple[str | Picture, ...]:
+    text = yes_no_prompt(style, row["question"])
     return (text,) if row["image"] is None else (row["image"], text)
 
 

@@ -9,6 +9,7 @@ from grace_core.evaluation.benchmarks.letters import gold_letter
 from grace_core.evaluation.declaration import Benchmark, Column, Marked, Metrics, Row, Source
 from grace_core.evaluation.items import Gold, Picture
 from grace_core.evaluation.metrics import by_field, share, where, whole_groups
+from grace_core.evaluation.prompts import PromptStyle, choice_prompt
 from grace_core.evaluation.rules import POLICY, official
 
 _ROTATION = 1_000_000
@@ -46,11 +47,9 @@ def _gold(row: Row, item_id: str) -> Gold:
 _L2 = ("L2-category", "l2-category")
 
 
-def _content(row: Row) -> tuple[str | Picture, ...]:
-    hint = f"{row['hint']}\n" if row["hint"] not in (None, "", _MISSING) else ""
-    options = "".join(f"\n{letter}. {text}" for letter, text in _choices(row).items())
-    instruction = "Answer with the option's letter from the given choices directly."
-    return row["image"], f"{hint}{row['question']}{options}\n{instruction}"
+def _content(row: Row, style: PromptStyle) -> tuple[str | Picture, ...]:
+    hint = None if row["hint"] == _MISSING else row["hint"]
+    return row["image"], choice_prompt(style, row["question"], _choices(row), hint=hint)
 
 
 def _metrics(marked: Sequence[Marked]) -> Metrics:

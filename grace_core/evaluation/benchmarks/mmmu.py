@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Sequence
 
 from grace_core.evaluation.answers.mmmu import read_choice
@@ -20,6 +19,13 @@ from grace_core.evaluation.declaration import (
 )
 from grace_core.evaluation.items import Gold, Picture
 from grace_core.evaluation.metrics import by_field, share, where
+from grace_core.evaluation.prompts import (
+    SHORT,
+    PromptStyle,
+    choice_prompt,
+    interleaved,
+    short_prompt,
+)
 from grace_core.evaluation.rules import POLICY, lettered, read_open_answer
 
 _PICTURES = 7
@@ -85,25 +91,13 @@ def _gold(row: Row, item_id: str) -> Gold:
     return Gold(item_id, "mcq", choices, gold_letter(row["answer"], choices), fields)
 
 
-def _content(row: Row) -> tuple[str | Picture, ...]:
+def _content(row: Row, style: PromptStyle) -> tuple[str | Picture, ...]:
     if row["question_type"] == "multiple-choice":
         options = lettered(_texts(row["options"], "options"))
-        lines = "".join(f"\n{letter}. {text}" for letter, text in options.items())
-        instruction = "Answer with the option's letter from the given choices directly."
+        text = choice_prompt(style, row["question"], options, own_gap="\n\n")
     else:
-        lines = ""
-        instruction = "Answer the question using a single word or phrase."
-    pictures = {str(n): row.get(f"image_{n}") for n in range(1, _PICTURES + 1)}
-    parts: list[str | Picture] = []
-    text = f"{row['question']}{lines}\n\n{instruction}"
-    for index, part in enumerate(re.split(r"<image ([1-7])>", text)):
-        if index % 2 == 0:
-            parts += [part] if part else []
-        elif (picture := pictures[part]) is None:
-            raise ValueError(f"image_{part} is named in the text and missing")
-        else:
-            parts.append(picture)
-    return tuple(parts)
+        text = short_prompt(style, row["question"], own=f"\n\n{SHORT}")
+    return interleaved(style, text, [row[f"image_{n}"] for n in range(1, _PICTURES + 1)])
 
 
 def _read(gold: Gold, response: str) -> Reading:

@@ -16,6 +16,7 @@ from grace_core.evaluation.declaration import (
 )
 from grace_core.evaluation.items import Gold, Picture
 from grace_core.evaluation.metrics import by_field, mean_of, share
+from grace_core.evaluation.prompts import LETTER, PromptStyle, inline_choice_prompt
 from grace_core.evaluation.rules import POLICY, official
 
 _CHOICES = dict.fromkeys("ABCD", "")
@@ -27,9 +28,10 @@ def _gold(row: Row, item_id: str) -> Gold:
     return Gold(item_id, "mcq", _CHOICES, gold_letter(row["answer"], _CHOICES), fields)
 
 
-def _content(row: Row) -> tuple[str | Picture, ...]:
-    instruction = "Answer with the option's letter from the given choices directly"
-    return row["image"], f"{row['question']}\n{instruction}"
+def _content(row: Row, style: PromptStyle) -> tuple[str | Picture, ...]:
+    # lmms-eval's instruction lacks the period here.
+    own = f"\n{LETTER.rstrip('.')}"
+    return row["image"], inline_choice_prompt(style, row["question"], own=own)
 
 
 def _metrics(marked: Sequence[Marked]) -> Metrics:

@@ -9,6 +9,7 @@ from grace_core.evaluation.benchmarks.letters import gold_position
 from grace_core.evaluation.declaration import Benchmark, Column, Marked, Metrics, Row, Source
 from grace_core.evaluation.items import Gold, Picture
 from grace_core.evaluation.metrics import by_field, share, where
+from grace_core.evaluation.prompts import PromptStyle, choice_prompt
 from grace_core.evaluation.rules import POLICY, lettered, official
 
 
@@ -20,11 +21,9 @@ def _gold(row: Row, item_id: str) -> Gold:
     return Gold(item_id, "mcq", choices, gold_position(row["answer"], choices), fields)
 
 
-def _content(row: Row) -> tuple[str | Picture, ...]:
-    hint = f"Context: {row['hint']}\n" if row["hint"] else ""
-    options = "".join(f"\n{letter}. {text}" for letter, text in lettered(row["choices"]).items())
-    instruction = "Answer with the option's letter from the given choices directly."
-    text = f"{hint}{row['question']}{options}\n{instruction}"
+def _content(row: Row, style: PromptStyle) -> tuple[str | Picture, ...]:
+    choices = lettered(row["choices"])
+    text = choice_prompt(style, row["question"], choices, hint=row["hint"], own_hint="Context: {}")
     return (text,) if row["image"] is None else (row["image"], text)
 
 
