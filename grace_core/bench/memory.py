@@ -97,7 +97,6 @@ def measurements(bench: Workbench, folder: Path) -> Iterator[Measurement]:
     with process_group(bench.device):
         for precision, zero, recompute in cases:
             left = 0
-            bench.forget_student()  # with the gradients that the last training left on it
             if gpu:
                 gc.collect()
                 torch.cuda.empty_cache()
@@ -113,6 +112,9 @@ def measurements(bench: Workbench, folder: Path) -> Iterator[Measurement]:
             memory = estimate(bench, trainer, row_bytes=row_bytes)
             peak = torch.cuda.max_memory_allocated(bench.device) - left if gpu else None
             trainer.engine.destroy()
+            for parameter in trainer.student.parameters():
+                # DeepSpeed binds methods to parameters, cycles that Python's collector does not see.
+                parameter.__dict__.clear()
             del trainer
             moment = max(memory.moments, key=lambda name: memory.moments[name])
             yield Measurement(precision, zero, recompute, memory.peak, peak, moment)
