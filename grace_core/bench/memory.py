@@ -113,7 +113,7 @@ def measurements(bench: Workbench, folder: Path) -> Iterator[Measurement]:
             peak = torch.cuda.max_memory_allocated(bench.device) - left if gpu else None
             trainer.engine.destroy()
             for parameter in trainer.student.parameters():
-                # DeepSpeed binds methods to parameters, cycles that Python's collector does not see.
+                # DeepSpeed binds methods to parameters: cycles that the collector does not see.
                 parameter.__dict__.clear()
             del trainer
             moment = max(memory.moments, key=lambda name: memory.moments[name])

@@ -4,8 +4,7 @@ Liger-Kernel (arXiv 2410.10989, the extra `gpu`) has the kernels; each has its t
 here, which is also what runs where Liger-Kernel is not installed.
 
 For root-mean-square norms torch has a fused kernel too, which costs the host a fraction of a Triton
-kernel's start. Its backward pass, though, reads everything twice and takes several times as long as
-Liger-Kernel's, which counts in long rows.
+kernel's start; short rows take it. On long ones it is slower than Liger-Kernel's.
 """
 
 from __future__ import annotations
@@ -69,8 +68,11 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 PLAIN = Kernels(turn=turn, silu_times=silu_times, rms_norm=rms_norm)
 
 _LONG = 2**22
-"""Elements from which a Triton kernel's start is worth its time in a norm's backward pass: 2048
-tokens of 2048 channels."""
+"""Elements from which a Triton kernel's start is worth its time in a norm: 2048 tokens of 2048
+channels."""
+
+_OFFSET = 0.0
+"""What Liger-Kernel adds to a norm's weight."""
 
 _IN_FP32 = 1
 """Liger-Kernel's casting mode `gemma`: the product with the weight is not rounded before."""
@@ -93,7 +95,6 @@ def best_kernels() -> Kernels:
 
 def liger_kernels(liger: Any) -> Kernels:
     """Liger-Kernel's operators, from its module `liger_kernel.ops`."""
-    settings: Any = importlib.import_module("liger_kernel.ops.utils")
 
     class Turn(torch.autograd.Function):
         """Its rotary kernel, between layouts that cost no views outside of autograd."""
@@ -117,38 +118,34 @@ def liger_kernels(liger: Any) -> Kernels:
             return dq.transpose(1, 2), dk.transpose(1, 2), None, None
 
     class LongRMSNorm(torch.autograd.Function):
-        """torch's forward and its backward pass; both round once, from fp32."""
+        """Its norm, whose gradient is not written over the incoming one."""
 
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-            x = x.contiguous()
-            normed, reciprocal = torch.ops.aten._fused_rms_norm(x, weight.shape, weight, epsilon)
-            ctx.save_for_backward(x, weight, reciprocal)
+            normed, rows, reciprocal, ctx.block, ctx.warps, _ = liger.rms_norm_forward(
+                x.contiguous(), weight, epsilon, _OFFSET, _IN_FP32, None
+            )
+            ctx.save_for_backward(rows, weight, reciprocal)
             return normed
 
         @staticmethod
         @once_differentiable
         def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-            x, weight, reciprocal = ctx.saved_tensors
-            width = x.shape[-1]
-            block, warps = settings.calculate_settings(width)
             dx, dweight = liger.rms_norm_backward(
                 gradient.contiguous(),
-                x.view(-1, width),
-                weight,
-                reciprocal.view(-1),
-                0.0,  # added to the weight
+                *ctx.saved_tensors,
+                _OFFSET,
                 _IN_FP32,
-                block,
-                warps,
-                False,  # not over the incoming gradient, which may be someone else's too
+                ctx.block,
+                ctx.warps,
+                False,
                 None,
                 needs_dw=ctx.needs_input_grad[1],
             )
             return dx, dweight, None
 
     def long_or_short(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        if x.numel() < _LONG or not torch.is_grad_enabled():
+        if x.numel() < _LONG:
             return rms_norm(x, weight, epsilon)
         normed: Tensor = LongRMSNorm.apply(x, weight, epsilon)
         return normed
