@@ -14,7 +14,6 @@ from PIL import Image
 from torch import Tensor
 
 from grace_core.config.model import Controller, Distillation, Objective, Relational
-from grace_core.losses import objective as step
 from grace_core.losses.controller import AdaptiveController, FixedBeta
 from grace_core.losses.fused_head import ChunkRows
 from grace_core.losses.objective import (
@@ -26,8 +25,10 @@ from grace_core.losses.objective import (
     omega_at,
     teacher_rows,
 )
+from grace_core.models import rows as packing
 from grace_core.models.families import FAMILIES as SUPPORTED
 from grace_core.models.families import Family, set_trainable
+from grace_core.models.frozen_tower import tower_states
 from grace_core.models.loading import CheckpointFolder, load_model, read_checkpoint
 from grace_core.models.rows import packed_row
 from grace_core.models.visual_inputs import VisualInputs
@@ -152,8 +153,9 @@ def run_step(
     weights = TermWeights.of(objective, counts, beta=BETA, omega=OMEGA)
     module = StudentObjective(student, world.family, objective, logits_bytes=logits_bytes)
     sums, losses = torch.zeros(3, dtype=torch.float64), torch.zeros((), dtype=torch.float64)
-    for row, one in zip(rows, taught, strict=True):
-        loss, row_sums = module(row, one, weights)
+    towers = tower_states(student, world.family, rows)
+    for row, one, tower in zip(rows, taught, towers, strict=True):
+        loss, row_sums = module(row, one, weights, tower)
         loss.backward()
         losses += loss.detach()
         sums += row_sums
@@ -210,10 +212,10 @@ def test_the_chunk_of_logits_changes_nothing(qwen: World, chunk: int) -> None:
 
 
 @pytest.mark.parametrize("tokens", [1, 120])
-def test_how_many_rows_the_teacher_sees_at_once_changes_nothing(
+def test_how_many_rows_frozen_models_see_at_once_changes_nothing(
     qwen: World, tokens: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step, "TEACHER_TOKENS", tokens)
+    monkeypatch.setattr(packing, "_JOINED_TOKENS", tokens)
     _, gradients = qwen.oracle(GRACE)
     assert_same_gradients(run_step(qwen, GRACE, CUTS["four rows"]).gradients, gradients)
 

@@ -25,6 +25,7 @@ from grace_core.losses.objective import (
 )
 from grace_core.models.activations import layer_activations, layers_to_recompute
 from grace_core.models.families import Family, set_trainable
+from grace_core.models.frozen_tower import tower_states
 from grace_core.models.fused_forward import choose_forward
 from grace_core.models.loading import expect_packed_rows
 from grace_core.models.rows import PackedRow
@@ -195,8 +196,9 @@ class Workbench:
         )
         total = torch.zeros((), device=self.device)
         with nullcontext() if quantization is None else quantization.weights_quantized():
-            for row, of_row in zip(rows, taught, strict=True):
-                loss, _ = student(row, of_row, weights)
+            towers = tower_states(self.student, self.family, rows)
+            for row, of_row, tower in zip(rows, taught, towers, strict=True):
+                loss, _ = student(row, of_row, weights, tower)
                 loss.backward()
                 total += loss.detach()
         if quantization is not None:

@@ -14,7 +14,7 @@ pass (:mod:`grace_core.losses.fused_head`).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -40,12 +40,10 @@ from grace_core.losses.relational import TeacherRelation, relational_sum, teache
 from grace_core.losses.truncated_teacher import TruncatedRows
 from grace_core.models.families import Family
 from grace_core.models.forward import RowStates, row_states
-from grace_core.models.rows import PackedRow, joined_row
+from grace_core.models.frozen_tower import TowerStates
+from grace_core.models.rows import PackedRow, groups_of_rows, joined_row
 
 # dims: N supervised tokens of a row, d width
-
-TEACHER_TOKENS = 8192
-"""Up to so many tokens of several rows go through the teacher in one pass."""
 
 
 @dataclass(frozen=True)
@@ -161,16 +159,13 @@ def teacher_rows(
     *,
     logits_bytes: int,
 ) -> list[TeacherRow]:
-    """Run the frozen teacher over the rows of a step.
-
-    Short rows go through it together: a pass costs the host the same whatever its length, and the
-    teacher keeps nothing for a backward pass.
+    """Run the frozen teacher over the rows of a step, short ones together.
 
     Args:
         logits_bytes: what may be held at one time in logits and copies of them.
     """
     taught = []
-    for group in _passes(rows):
+    for group in groups_of_rows(rows):
         states = row_states(model, family, joined_row(group))
         taught += _by_row(model, objective, group, states, logits_bytes)
     return taught
@@ -200,20 +195,6 @@ def _by_row(
             rows, states.predicting.split(tokens), gates.split(tokens), strict=True
         )
     ]
-
-
-def _passes(rows: Sequence[PackedRow]) -> Iterator[list[PackedRow]]:
-    """Consecutive rows that the teacher sees together."""
-    group: list[PackedRow] = []
-    total = 0
-    for row in rows:
-        length = row.input_ids.shape[1]
-        if group and total + length > TEACHER_TOKENS:
-            yield group
-            group, total = [], 0
-        group.append(row)
-        total += length
-    yield group
 
 
 def recorded_teacher_row(
@@ -247,15 +228,22 @@ class StudentObjective(nn.Module):
         self.logits_bytes = logits_bytes
 
     def forward(
-        self, row: PackedRow, teacher: TeacherRow | None, weights: TermWeights
+        self,
+        row: PackedRow,
+        teacher: TeacherRow | None,
+        weights: TermWeights,
+        tower: TowerStates | None = None,
     ) -> tuple[Tensor, Tensor]:
         """One row's share of the loss.
+
+        Args:
+            tower: what the frozen vision tower has made of the row's pictures before, if it has.
 
         Returns:
             Scalar loss (the row's sums times `weights`), and the three detached sums themselves,
             (3,) fp32: cross-entropy, gated distillation, relational.
         """
-        states = row_states(self.model, self.family, row)
+        states = row_states(self.model, self.family, row, tower)
         taught = None
         if teacher is not None and self.objective.distillation.kind != "none":
             taught = teacher.taught

@@ -16,9 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from grace_core.models.families import Family, decoder_layers
+from grace_core.models.frozen_tower import (
+    TowerStates,
+    connected,
+    deepstack_features,
+    tower_output,
+)
 from grace_core.models.rows import PackedRow
 from grace_core.models.segments import Segments
-from grace_core.models.vision_arguments import vision_arguments
 from grace_core.models.visual_inputs import Grid
 
 # dims: L tokens of the row, N supervised tokens, V image tokens, d width,
@@ -36,12 +41,19 @@ class RowStates:
     """(n, d) for each picture: outputs of the penultimate decoder layer (index L-2)."""
 
 
-def row_states(model: Any, family: Family, row: PackedRow) -> RowStates:
+def row_states(
+    model: Any, family: Family, row: PackedRow, tower: TowerStates | None = None
+) -> RowStates:
     """Run the decoder over a packed row; the language-model head is left to the losses.
 
-    The model was loaded for packed rows (`load_model(..., attention="packed")`).
+    Args:
+        model: loaded for packed rows (`load_model(..., attention="packed")`).
+        tower: of the row's pictures; None: the tower runs here.
     """
-    pictures, deepstack = picture_features(model, family, row.pictures, row.grids, row.frames)
+    if tower is None:
+        pictures, deepstack = picture_features(model, family, row.pictures, row.grids, row.frames)
+    else:
+        pictures, deepstack = connected(model, family, tower), tower.deepstack
     embedded = model.get_input_embeddings()(row.input_ids)
     embedded = embedded.index_copy(1, row.image_places, pictures.to(embedded.dtype)[None])
     arguments: dict[str, Any] = {}
@@ -80,15 +92,8 @@ def picture_features(
     Returns:
         (V, d) that take the image tokens' places, and (V, d) of each deepstack layer.
     """
-    arguments: dict[str, Any] = dict(pictures)
-    if family.positions == "multimodal":
-        tower = model.get_submodule(family.vision)
-        arguments |= vision_arguments(tower, grids, frames, frames.cumulative.device)
-    output = model.model.get_image_features(**arguments, return_dict=True)
-    layers = getattr(output, "deepstack_features", None) or []
-    # A tensor up to transformers 5.17, one tensor for each picture later.
-    whole = [layer if isinstance(layer, Tensor) else torch.cat(layer) for layer in layers]
-    return torch.cat(list(output.pooler_output)), whole
+    output = tower_output(model, family, pictures, grids, frames)
+    return torch.cat(list(output.pooler_output)), deepstack_features(output)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ reduce the same gradients and gather the same parameters whatever their rows hol
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -25,6 +25,10 @@ from grace_core.models.visual_inputs import Grid, VisualInputs
 
 _ADMITTED_PIXELS = 2**31
 """Preparation has judged every picture by the configured limit; this only bounds the absurd."""
+
+
+_JOINED_TOKENS = 8192
+"""Up to so many tokens of several rows make one pass of a frozen model."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +91,23 @@ class PackedRow:
                 for name, value in self.pictures.items()
             },
         )
+
+
+def groups_of_rows(rows: Sequence[PackedRow]) -> Iterator[list[PackedRow]]:
+    """Consecutive rows that go through a frozen part of a model together, as one joined row.
+
+    A pass costs the host the same whatever its length, and keeps nothing for a backward pass.
+    """
+    group: list[PackedRow] = []
+    total = 0
+    for row in rows:
+        length = row.input_ids.shape[1]
+        if group and total + length > _JOINED_TOKENS:
+            yield group
+            group, total = [], 0
+        group.append(row)
+        total += length
+    yield group
 
 
 def joined_row(rows: Sequence[PackedRow]) -> PackedRow:

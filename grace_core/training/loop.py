@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -33,6 +33,7 @@ from grace_core.losses.objective import (
     teacher_rows,
 )
 from grace_core.models.families import set_trainable
+from grace_core.models.frozen_tower import TowerStates, tower_states
 from grace_core.models.fused_forward import choose_forward
 from grace_core.models.loading import CheckpointFolder, check_pair, load_model, read_checkpoint
 from grace_core.models.rows import PackedRow
@@ -205,8 +206,8 @@ class Trainer:
             self.bank.zero_grad()
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)
         with self.cycle.weights_quantized() if self.cycle is not None else nullcontext():
-            for row, teacher in zip(rows, taught, strict=True):
-                loss, row_sums = self.engine(row, teacher, weights)
+            for row, teacher, tower in zip(rows, taught, self._tower_states(rows), strict=True):
+                loss, row_sums = self.engine(row, teacher, weights, tower)
                 # DeepSpeed averages over ranks and, unless told not to, over rows; ours is a sum.
                 self.engine.backward(loss * self.processes, scale_wrt_gas=False)
                 sums += row_sums
@@ -244,6 +245,15 @@ class Trainer:
             rows,
             logits_bytes=self.job.training.logits_mib * 2**20,
         )
+
+    def _tower_states(self, rows: Sequence[PackedRow]) -> Iterable[TowerStates | None]:
+        """Of the student's vision tower, where it sees several rows at once.
+
+        Under ZeRO-3 weights are whole inside of the engine's forward pass alone.
+        """
+        if self.job.training.zero_stage == 3:
+            return [None] * len(rows)
+        return tower_states(self.student.model, self.family, rows)
 
     def save(self, reporter: Reporter | None) -> float:
         """Write a checkpoint; returns the seconds it took."""
