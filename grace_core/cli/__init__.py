@@ -2,7 +2,8 @@
 
 from grace_core.cli.app import main
 from grace_core.cli.bench import bench
+from grace_core.cli.benchmarks import benchmark
 from grace_core.cli.kubernetes import kubernetes
 from grace_core.cli.scoring import extract, score
 
-__all__ = ["bench", "extract", "kubernetes", "main", "score"]
+__all__ = ["bench", "benchmark", "extract", "kubernetes", "main", "score"]

@@ -52,7 +52,18 @@ SlurmValue = Annotated[str, Field(pattern=r"^\S+$")]
 SlurmOption = Annotated[str, Field(pattern=r"^-[^\r\n]+$")]
 Layers = Annotated[Literal["auto", "none", "all"] | int, PlainValidator(_layers)]
 Precision = Literal["w8", "w4"]
-BenchmarkName = Literal["toy-choice", "toy-yesno"]
+BenchmarkName = Literal[
+    "hallusionbench",
+    "mmbench",
+    "scienceqa",
+    "ai2d",
+    "ai2d-no-mask",
+    "mmmu",
+    "seedbench",
+    "mmstar",
+    "toy-choice",
+    "toy-yesno",
+]
 PromptStyle = Literal["llava", "qwen3-vl", "vlmevalkit", "grace"]
 
 BITS: dict[Precision, int] = {"w8": 8, "w4": 4}

@@ -36,22 +36,6 @@ class Column:
     otherwise: tuple[str, ...] = ()
     """Names that copies of the data set use for the column."""
 
-    def fits(self, value: object) -> bool:
-        """Whether a row's value is of the type; pictures are judged where they are loaded."""
-        if value is None:
-            return self.nullable
-        if self.type == "texts":
-            return isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)
-        if isinstance(value, bool):
-            return False
-        types: dict[ColumnType, type | tuple[type, ...]] = {
-            "text": str,
-            "integer": int,
-            "identifier": (str, int),
-            "record": dict,
-        }
-        return isinstance(value, types.get(self.type, object))
-
 
 @dataclass(frozen=True)
 class Source:
@@ -148,8 +132,11 @@ class Benchmark:
     keep: Callable[[Row], bool] = lambda row: True
     """Whether a row belongs to the benchmark; the others are neither asked nor expected."""
 
-    pictures_needed: bool = True
-    """Whether every row has a picture; otherwise some are questions of text alone."""
+    rows: int | None = None
+    """Items of the declared source; None where they are generated."""
+
+    licence: str = ""
+    """Of the data, as their authors name it."""
 
     def item(self, row: Row, item_id: str, style: PromptStyle) -> Item:
         """Raises ValueError saying what is wrong with the row."""

@@ -11,6 +11,7 @@ from typing import Any
 from grace_core.errors import GraceError
 from grace_core.evaluation.declaration import Benchmark, identified
 from grace_core.evaluation.items import Gold, Prediction
+from grace_core.evaluation.loading.cells import EXPECTED, read_cell
 
 _SHOWN = 20
 """Problems of a file that are listed; a file of another kind has one in every line."""
@@ -130,11 +131,14 @@ def _objects(file: Path, problems: _Problems) -> Iterator[tuple[int, dict[str, A
 
 
 def _misfit(benchmark: Benchmark, row: dict[str, Any]) -> str | None:
+    """What is wrong with the columns that score; they are brought into one form, in place."""
     for name, column in benchmark.columns.items():
         if not column.scores:
             continue
         if name not in row and not column.nullable:
-            return f"column {name} is missing"
-        if not column.fits(row.setdefault(name, None)):
-            return f"column {name}: {row[name]!r} is not of type {column.type}"
+            return f"column {name!r}, which should hold {EXPECTED[column.type]}, is missing"
+        try:
+            row[name] = read_cell(row.get(name), column)
+        except ValueError as error:
+            return f"column {name!r} {error}"
     return None

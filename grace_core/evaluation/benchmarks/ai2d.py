@@ -54,6 +54,8 @@ def _ai2d(name: str, title: str, repository: str) -> Benchmark:
         metrics=_metrics,
         headline=("official.accuracy",),
         max_new_tokens={"mcq": 16},
+        rows=3088,
+        licence="CC BY-SA 4.0",
     )
 
 

@@ -97,5 +97,6 @@ HALLUSIONBENCH = Benchmark(
     metrics=_metrics,
     headline=("policy.answered_rows_with_image.aAcc", "policy.answered_rows_all.aAcc"),
     max_new_tokens={"yesno": 128},
-    pictures_needed=False,
+    rows=1129,
+    licence="BSD-3-Clause",
 )

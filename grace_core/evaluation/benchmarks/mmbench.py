@@ -96,4 +96,6 @@ MMBENCH = Benchmark(
     metrics=_metrics,
     headline=("official.circular",),
     max_new_tokens={"mcq": 128},
+    rows=4329,
+    licence="Apache-2.0",
 )

@@ -54,29 +54,17 @@ _SUBJECTS = {
 _DOMAINS = {subject: domain for domain, subjects in _SUBJECTS.items() for subject in subjects}
 
 
-def _texts(value: object, column: str) -> list[str]:
-    """A list that the data set keeps as Python's text for it."""
-    if isinstance(value, str):
-        try:
-            value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            raise ValueError(f"{column} {value!r} is not the text of a list") from None
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"{column} {value!r} is no list")
-    return [str(each) for each in value]
-
-
-def _open_golds(answer: object) -> tuple[str, ...]:
-    if not isinstance(answer, str):
-        return tuple(_texts(answer, "answer"))
-    if answer.strip() in ("", "?"):
+def _open_golds(answer: str | None) -> tuple[str, ...]:
+    """One text, or several where the data set keeps Python's text for a list of them."""
+    if answer is None or answer.strip() in ("", "?"):
         return ()
-    if not answer.lstrip().startswith("["):
-        return (answer,)
-    try:
-        return tuple(_texts(answer, "answer"))
-    except ValueError:
-        return (answer,)  # such as an interval, "[0, 1)"
+    if answer.lstrip().startswith("["):
+        try:
+            listed = ast.literal_eval(answer)
+        except (ValueError, SyntaxError):
+            return (answer,)  # such as an interval, "[0, 1)"
+        return tuple(str(each) for each in listed)
+    return (answer,)
 
 
 def _gold(row: Row, item_id: str) -> Gold:
@@ -87,13 +75,13 @@ def _gold(row: Row, item_id: str) -> Gold:
     if row["question_type"] != "multiple-choice":
         fields["type"] = "open"
         return Gold(item_id, "open", None, _open_golds(row["answer"]), fields)
-    choices = lettered(_texts(row["options"], "options"))
+    choices = lettered(row["options"])
     return Gold(item_id, "mcq", choices, gold_letter(row["answer"], choices), fields)
 
 
 def _content(row: Row, style: PromptStyle) -> tuple[str | Picture, ...]:
     if row["question_type"] == "multiple-choice":
-        options = lettered(_texts(row["options"], "options"))
+        options = lettered(row["options"])
         text = choice_prompt(style, row["question"], options, own_gap="\n\n")
     else:
         text = short_prompt(style, row["question"], own=f"\n\n{SHORT}")
@@ -125,7 +113,7 @@ MMMU = Benchmark(
     columns={
         "id": Column("text", scores=True),
         "question": Column("text"),
-        "options": Column("text", scores=True),
+        "options": Column("texts", scores=True),
         "question_type": Column("text", scores=True),
         "answer": Column("text", scores=True, nullable=True),
         **{f"image_{n}": Column("picture", nullable=True) for n in range(1, _PICTURES + 1)},
@@ -145,5 +133,6 @@ MMMU = Benchmark(
     metrics=_metrics,
     headline=("official.fallback_wrong.overall",),
     max_new_tokens={"mcq": 128, "open": 128},
-    pictures_needed=False,
+    rows=900,
+    licence="Apache-2.0",
 )

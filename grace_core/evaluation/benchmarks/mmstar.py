@@ -70,4 +70,6 @@ MMSTAR = Benchmark(
     metrics=_metrics,
     headline=("official.micro",),
     max_new_tokens={"mcq": 128},
+    rows=1500,
+    licence="none stated",
 )

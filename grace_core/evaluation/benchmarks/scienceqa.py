@@ -59,5 +59,6 @@ SCIENCEQA = Benchmark(
     metrics=_metrics,
     headline=("official.full", "official.IMG"),
     max_new_tokens={"mcq": 16},
-    pictures_needed=False,
+    rows=4241,
+    licence="CC BY-NC-SA 4.0",
 )

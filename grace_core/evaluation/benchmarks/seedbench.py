@@ -77,5 +77,7 @@ SEEDBENCH = Benchmark(
     metrics=_metrics,
     headline=("official.image",),
     max_new_tokens={"mcq": 16},
+    rows=14233,
+    licence="CC BY-NC 4.0",
     keep=lambda row: row["data_type"] == "image",
 )

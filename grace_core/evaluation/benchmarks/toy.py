@@ -62,6 +62,7 @@ def _toy(name: str, title: str, kind: Kind) -> Benchmark:
         metrics=_metrics,
         headline=("policy.accuracy",),
         max_new_tokens={kind: 8},
+        licence="Apache-2.0",
     )
 
 

@@ -67,7 +67,7 @@ class AsFound:
 
 def read_cell(value: Any, column: Column) -> Any:
     """A value of any column but pictures. Raises ValueError saying what was expected."""
-    if value is None or (value == "" and column.type not in ("text", "identifier")):
+    if value is None or (value == "" and column.type != "text"):
         if column.nullable:
             return None
         raise ValueError(f"should hold {EXPECTED[column.type]}, but is empty")
@@ -137,7 +137,7 @@ def _text(value: Any) -> str:
 
 
 def _identifier(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+    if isinstance(value, bool) or not isinstance(value, str | int):
         raise ValueError(_wrong("identifier", value))
     return str(value)
 

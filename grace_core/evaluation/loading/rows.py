@@ -27,7 +27,7 @@ _SHOWN = 10
 
 _PICTURES = ("picture", "pictures")
 _REMEDY = (
-    "is this the benchmark's data set? `grace benchmark show NAME` lists its columns; set "
+    "is this the benchmark's data set? `grace benchmark list --json` tells its columns; set "
     "`repository`, `config` and `split`, or `path`"
 )
 
