@@ -329,6 +329,12 @@ def digest_folder(folder: Path) -> str:
     return _digest_of(_hash_files(folder))
 
 
+def digest_of(sha256_by_name: Mapping[str, str]) -> str:
+    """Content digest of files from the SHA-256 of each, by the rule that artifacts use."""
+    lines = [f"{name} {sha256}" for name, sha256 in sorted(sha256_by_name.items())]
+    return hashlib.sha256(json.dumps(lines).encode("utf-8")).hexdigest()
+
+
 def sha256_of(file: Path) -> str:
     """SHA-256 (hex) of one file."""
     with file.open("rb") as stream:
@@ -391,5 +397,4 @@ def _hash_files(folder: Path) -> dict[str, FileEntry]:
 
 
 def _digest_of(files: Mapping[str, FileEntry]) -> str:
-    lines = [f"{name} {entry.sha256}" for name, entry in sorted(files.items())]
-    return hashlib.sha256(json.dumps(lines).encode("utf-8")).hexdigest()
+    return digest_of({name: entry.sha256 for name, entry in files.items()})

@@ -1,9 +1,11 @@
-"""Publishing to a directory: whole, verified, or not at all."""
+"""Publishing to a directory: all models of a release, verified, or none."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,72 +13,78 @@ import pytest
 from grace_core.artifacts import digest_folder
 from grace_core.errors import GraceError
 from grace_core.publish import directory
-from grace_core.publish.directory import publish_to_directory
+from grace_core.publish.content import ReleaseContent, read_content
+from grace_core.publish.directory import publish_to_directory, read_directory_index
+from grace_core.publish.index import INDEX
+from tests.publishing import of, release
 
-CARD = "# card\n"
-MANIFEST = '{"format": 1}\n'
-PICTURE = "<svg/>\n"
-DOCUMENTS = {"README.md": CARD, "grace_manifest.json": MANIFEST, "lineage.svg": PICTURE}
-
-
-@pytest.fixture
-def release(tmp_path: Path) -> Path:
-    folder = tmp_path / "work" / "model"
-    (folder / "sub").mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    (folder / "model.safetensors").write_bytes(b"weights")
-    (folder / "sub" / "more.json").write_text("[]")
-    return folder
+LABELS = {"bf16": "Toy-BF16", "w4": "Toy-W4G128"}
+DOCUMENTS = {"README.md": "# card\n", "grace_manifest.json": "{}\n", "lineage.svg": "<svg/>\n"}
 
 
-def names(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+def shown(folder: Path) -> dict[str, bytes]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
-def test_a_release_is_copied_with_its_documents(release: Path, tmp_path: Path) -> None:
-    target = tmp_path / "releases" / "Toy-BF16"
-    published = publish_to_directory(release, DOCUMENTS, target)
-    assert names(target) == names(release) | DOCUMENTS.keys()
-    assert (target / "model.safetensors").read_bytes() == b"weights"
-    assert (target / "README.md").read_text() == CARD
-    assert (published.location, published.revision) == (str(target), digest_folder(target))
-    assert os.listdir(target.parent) == ["Toy-BF16"]
+def require_published(root: Path, contents: list[ReleaseContent]) -> None:
+    """These models are there as the index says, and nothing else but the lock."""
+    index = read_directory_index(root)
+    assert index is not None
+    for content in contents:
+        assert shown(root / content.repository) == of(content)
+        model = index.models[content.label]
+        assert model.digest == content.digest == digest_folder(root / content.repository)
+    assert set(os.listdir(root)) == {*LABELS.values(), INDEX, f".{INDEX}.lock"}
 
 
-def test_a_new_release_takes_the_place_of_the_old(release: Path, tmp_path: Path) -> None:
-    target = tmp_path / "releases" / "Toy-BF16"
-    first = publish_to_directory(release, DOCUMENTS, target)
-    assert publish_to_directory(release, DOCUMENTS, target) == first
-    (release / "sub" / "more.json").unlink()
-    (release / "model.safetensors").write_bytes(b"better")
-    second = publish_to_directory(release, DOCUMENTS, target)
-    assert second.revision != first.revision
-    assert (target / "model.safetensors").read_bytes() == b"better"
-    assert "sub/more.json" not in names(target)
-    assert os.listdir(target.parent) == ["Toy-BF16"]
+def test_models_are_copied_with_their_documents_and_an_index(tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    contents = release(tmp_path, "1", LABELS)
+    index = publish_to_directory(contents, tmp_path / "out", lambda *at: told.append(at))
+    require_published(tmp_path / "out", contents)
+    assert read_directory_index(tmp_path / "out") == index
+    assert told[-1] == (sum(content.size for content in contents),) * 2
 
 
-@pytest.mark.parametrize("when", ["copying", "verifying", "first rename", "second rename"])
+def test_a_new_release_takes_the_place_of_the_old(tmp_path: Path) -> None:
+    first = publish_to_directory(release(tmp_path, "1", LABELS), tmp_path / "out")
+    again = publish_to_directory(release(tmp_path, "1", LABELS), tmp_path / "out")
+    assert (again.release, again.models) == (first.release, first.models)
+    (tmp_path / "2" / "w4" / "extra").mkdir(parents=True)
+    contents = release(tmp_path, "2", LABELS)
+    (tmp_path / "2" / "w4" / "extra" / "notes.txt").unlink()
+    contents[1] = read_content("w4", LABELS["w4"], tmp_path / "2" / "w4", DOCUMENTS)
+    second = publish_to_directory(contents, tmp_path / "out")
+    assert second.release != first.release
+    require_published(tmp_path / "out", contents)
+    assert "extra/notes.txt" not in shown(tmp_path / "out" / LABELS["w4"])
+
+
+@pytest.mark.parametrize("when", ["copying", "verifying", *range(1, 6)])
 def test_a_failure_leaves_the_old_release(
-    release: Path, tmp_path: Path, when: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, when: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    target = tmp_path / "releases" / "Toy-BF16"
-    old = publish_to_directory(release, DOCUMENTS, target)
-    (release / "model.safetensors").write_bytes(b"better")
+    old, new = release(tmp_path, "1", LABELS), release(tmp_path, "2", LABELS)
+    publish_to_directory(old, tmp_path / "out")
     copy, replace = shutil.copyfile, os.replace
     renames = 0
 
     def bad_copy(source: Path, copied: Path) -> None:
         copy(source, copied)
-        if when == "copying" and source.suffix == ".safetensors":
-            raise OSError("disk full")
-        if when == "verifying" and source.suffix == ".safetensors":
-            copied.write_bytes(b"bit rot")
+        if "w4" in str(source) and source.suffix == ".safetensors":
+            if when == "copying":
+                raise OSError("disk full")
+            if when == "verifying":
+                copied.write_bytes(b"bit rot")
 
     def bad_replace(source: Path, renamed: Path) -> None:
         nonlocal renames
         renames += 1
-        if (when, renames) in (("first rename", 1), ("second rename", 2)):
+        if renames == when:
             raise OSError("no permission")
         replace(source, renamed)
 
@@ -84,49 +92,102 @@ def test_a_failure_leaves_the_old_release(
         patched.setattr(directory.shutil, "copyfile", bad_copy)
         patched.setattr(directory.os, "replace", bad_replace)
         with pytest.raises((OSError, GraceError), match=r"disk full|differs|no permission"):
-            publish_to_directory(release, DOCUMENTS, target)
-    assert digest_folder(target) == old.revision
-    assert os.listdir(target.parent) == ["Toy-BF16"]
+            publish_to_directory(new, tmp_path / "out")
+    (tmp_path / "out" / f".{INDEX}.new").unlink(missing_ok=True)  # written anew the next time
+    require_published(tmp_path / "out", old)
 
 
-def test_a_switch_cut_short_is_undone_by_the_next_run(release: Path, tmp_path: Path) -> None:
-    target = tmp_path / "releases" / "Toy-BF16"
-    old = publish_to_directory(release, DOCUMENTS, target)
-    os.replace(target, target.with_name(".Toy-BF16.previous"))  # killed between the renames
-    (release / "config.json").unlink()
-    with pytest.raises(GraceError, match=r"config\.json is missing"):
-        publish_to_directory(release, DOCUMENTS, target)
-    (release / "config.json").write_text("{}")
-    assert publish_to_directory(release, DOCUMENTS, target) == old
-    assert os.listdir(target.parent) == ["Toy-BF16"]
+@pytest.mark.slow
+@pytest.mark.parametrize("step", range(1, 10))
+def test_whatever_was_killed_is_put_right_by_the_next_run(tmp_path: Path, step: int) -> None:
+    """The fifth rename is the index's: what was killed before it is undone, after it is done."""
+    old, new = release(tmp_path, "1", LABELS), release(tmp_path, "2", LABELS)
+    root = tmp_path / "out"
+    publish_to_directory(old, root)
+    context = multiprocessing.get_context("forkserver")
+    publisher = context.Process(target=_publish_and_die, args=(new, root, step))
+    publisher.start()
+    publisher.join()
+    assert publisher.exitcode == -signal.SIGKILL
+    index = read_directory_index(root)
+    assert index is not None
+    is_new = index.models["w4"].digest == new[1].digest
+    assert is_new == (step > 5)
+    # A release that is refused puts the old one back all the same.
+    (tmp_path / "thesis").mkdir()
+    foreign = [*new, read_content("w8", "thesis", tmp_path / "2" / "w4", DOCUMENTS)]
+    (root / "thesis").mkdir()
+    with pytest.raises(GraceError, match="no earlier release"):
+        publish_to_directory(foreign, root)
+    (root / "thesis").rmdir()
+    for content in new if is_new else old:
+        assert shown(root / content.repository) == of(content)
+    publish_to_directory(new, root)
+    require_published(root, new)
 
 
-def test_someone_elses_folder_is_not_overwritten(release: Path, tmp_path: Path) -> None:
-    target = tmp_path / "mine"
-    target.mkdir()
+def _publish_and_die(contents: list[ReleaseContent], root: Path, step: int) -> None:
+    """Is killed before its given step: a rename or a removal; 1 is the first copy instead."""
+    steps = 0
+
+    def counted(call):  # type: ignore[no-untyped-def]
+        def act(*args, **options):  # type: ignore[no-untyped-def]
+            nonlocal steps
+            steps += 1
+            if steps == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return call(*args, **options)
+
+        return act
+
+    os.replace = counted(os.replace)
+    shutil.rmtree = counted(shutil.rmtree)
+    shutil.copyfile = counted(shutil.copyfile) if step == 1 else shutil.copyfile
+    publish_to_directory(contents, root)
+
+
+def test_someone_elses_folder_is_not_overwritten(tmp_path: Path) -> None:
+    target = tmp_path / "out" / LABELS["w4"]
+    target.mkdir(parents=True)
     (target / "thesis.tex").write_text("years of work")
     with pytest.raises(GraceError, match="no earlier release"):
-        publish_to_directory(release, DOCUMENTS, target)
-    assert names(target) == {"thesis.tex"}
+        publish_to_directory(release(tmp_path, "1", LABELS), tmp_path / "out")
+    assert shown(target) == {"thesis.tex": b"years of work"}
+    assert not (tmp_path / "out" / LABELS["bf16"]).exists()
 
 
 @pytest.mark.parametrize("place", ["inside", "around", "same"])
-def test_release_and_destination_must_be_apart(release: Path, place: str) -> None:
-    target = {"inside": release / "out", "around": release.parent, "same": release}[place]
+def test_release_and_destination_must_be_apart(tmp_path: Path, place: str) -> None:
+    release(tmp_path, "1", LABELS)
+    model = tmp_path / "1" / "w4"
+    before = shown(model)
+    root, name = {
+        "inside": (model, "out"),
+        "around": (tmp_path, "1"),
+        "same": (tmp_path / "1", "w4"),
+    }[place]
+    content = read_content("w4", name, model, DOCUMENTS)
     with pytest.raises(GraceError, match="inside each other"):
-        publish_to_directory(release, DOCUMENTS, target)
-    assert names(release) == {"config.json", "model.safetensors", "sub/more.json"}
+        publish_to_directory([content], root)
+    assert shown(model) == before
 
 
-def test_what_is_no_release_is_refused_with_all_reasons(release: Path, tmp_path: Path) -> None:
-    (release / "config.json").unlink()
-    (release / "model.safetensors").rename(release / "pytorch_model.bin")
-    (release / "README.md").write_text("old")
-    (release / "link").symlink_to("/etc/hostname")
+def test_what_is_no_release_is_refused_with_all_reasons(tmp_path: Path) -> None:
+    release(tmp_path, "1", LABELS)
+    model = tmp_path / "1" / "w4"
+    (model / "config.json").unlink()
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    (model / "README.md").write_text("old")
+    (model / "link").symlink_to("/etc/hostname")
     with pytest.raises(GraceError) as caught:
-        publish_to_directory(release, DOCUMENTS, tmp_path / "out")
+        read_content("w4", LABELS["w4"], model, DOCUMENTS)
     for reason in ("config.json is missing", "pickle", "safetensors weights", "README.md", "link"):
         assert reason in str(caught.value)
-    assert not (tmp_path / "out").exists()
     with pytest.raises(GraceError, match="no directory"):
-        publish_to_directory(tmp_path / "nothing", DOCUMENTS, tmp_path / "out")
+        read_content("w4", LABELS["w4"], tmp_path / "nothing", DOCUMENTS)
+
+
+def test_an_index_that_nobody_understands_is_told(tmp_path: Path) -> None:
+    (tmp_path / INDEX).write_text("{}")
+    with pytest.raises(GraceError, match="no release index"):
+        read_directory_index(tmp_path)

@@ -5,20 +5,32 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import constants, hf_hub_download, snapshot_download
 
+from grace_core.artifacts import digest_folder
 from grace_core.errors import GraceError
-from grace_core.publish.directory import Published
-from grace_core.publish.hub import publish_to_hub
-from tests.hub_server import Blob, Hub, Repository, running_hub
-
-TOKEN = "hf_NeverToBeSeenAnywhere"
-CARD = "---\nlicense: apache-2.0\n---\n\n# A card\n"
-MANIFEST = json.dumps({"format": 1}) + "\n"
-PICTURE = "<svg/>\n"
+from grace_core.publish import hub_connection
+from grace_core.publish.content import read_content
+from grace_core.publish.hub_repository import HubRepository
+from grace_core.publish.index import INDEX, JOURNAL, LEASE, ReleaseIndex, now
+from tests.hub_server import Blob, Fault, Hub, running_hub
+from tests.publishing import (
+    INDEX_REPOSITORY,
+    LABELS,
+    TAG,
+    TOKEN,
+    main_of,
+    of,
+    publish,
+    published,
+    release,
+    target,
+)
 
 
 @pytest.fixture
@@ -32,173 +44,366 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 
 @pytest.fixture
-def release(tmp_path: Path) -> Path:
-    folder = tmp_path / "release"
-    (folder / "extra").mkdir(parents=True)
-    (folder / "config.json").write_text('{"model_type": "qwen3_vl"}')
-    (folder / "extra" / "notes.txt").write_text("")
-    (folder / "model.safetensors").write_bytes(bytes(range(256)) * 300)
-    return folder
+def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """Nobody waits; what would have been waited, in seconds."""
+    waits: list[float] = []
+    monkeypatch.setattr("time.sleep", waits.append)
+    return waits
 
 
-def publish(hub: Hub, release: Path, token: str | None = TOKEN, **changes: object) -> Published:
-    settings = {"namespace": "grace", "name": "Toy-BF16", "private": True, **changes}
-    return publish_to_hub(
-        release,
-        {"README.md": CARD, "grace_manifest.json": MANIFEST, "lineage.svg": PICTURE},
-        endpoint=hub.endpoint,
-        token=token,
-        **settings,  # type: ignore[arg-type]
-    )
+def test_what_is_downloaded_is_what_was_published(hub: Hub, tmp_path: Path) -> None:
+    contents = release(tmp_path, "1")
+    index = publish(hub, contents)
+    assert published(hub) == index
+    for content in contents:
+        model = index.models[content.label]
+        repository = hub.repositories[content.repository]
+        assert repository.private
+        assert len(repository.commits) == 2, "one commit on top of the repository's first"
+        assert model.commit == repository.head == repository.tags[str(model.tag)]
+        assert not repository.branches, "nothing of the staging is left"
+        folder = Path(
+            snapshot_download(
+                content.repository,
+                revision=model.commit,
+                endpoint=hub.endpoint,
+                token=TOKEN,
+                local_dir=tmp_path / "loaded" / content.label,
+            )
+        )
+        (folder / ".gitattributes").unlink()
+        for path in (folder / ".cache").rglob("*"):
+            path.unlink() if path.is_file() else None
+        assert digest_folder(folder) == model.digest == content.digest
+        # The weights went the way of large files, the rest inside the commit.
+        assert repository.commits[-1][1]["model.safetensors"].large
+        assert not repository.commits[-1][1]["config.json"].large
+    assert hub.repositories[INDEX_REPOSITORY].private
+    assert JOURNAL not in main_of(hub, INDEX_REPOSITORY)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
+def test_the_main_branches_wait_for_the_last_model_to_be_verified(hub: Hub, tmp_path: Path) -> None:
+    publish(hub, release(tmp_path, "1"))
+    hub.requests.clear()
+    publish(hub, release(tmp_path, "2"))
+    commits = [entry for entry in hub.requests if entry.endswith("/commit/main")]
+    models = [entry for entry in commits if INDEX_REPOSITORY not in entry]
+    downloads = [number for number, entry in enumerate(hub.requests) if "/resolve/" in entry]
+    first, last = (hub.requests.index(models[end]) for end in (0, -1))
+    assert len(models) == 2
+    assert (
+        max(number for number in downloads if "model.safetensors" in hub.requests[number]) < first
+    ), "all weights are downloaded again before the first commit on a main branch"
+    assert hub.requests.index(commits[-1], last) > last and INDEX_REPOSITORY in commits[-1]
+
+
+def test_a_new_release_replaces_files_that_are_gone(hub: Hub, tmp_path: Path) -> None:
+    first = publish(hub, release(tmp_path, "1"))
+    contents = release(tmp_path, "2", {"bf16": LABELS["bf16"]})
+    model = tmp_path / "2" / "bf16"
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    documents = {
+        name: file.decode() for name, file in contents[0].files.items() if isinstance(file, bytes)
     }
+    contents = [read_content("bf16", LABELS["bf16"], model, documents)]
+    second = publish(hub, contents)
+    assert first.models["bf16"].commit != second.models["bf16"].commit
+    assert main_of(hub, LABELS["bf16"]) == of(contents[0])
+    assert "model.safetensors" not in main_of(hub, LABELS["bf16"])
+    old = hub.repositories[LABELS["bf16"]].files(first.models["bf16"].commit)
+    assert old is not None and "model.safetensors" in old, "the old release can still be loaded"
 
 
-def test_what_is_downloaded_is_what_was_published(hub: Hub, release: Path, tmp_path: Path) -> None:
-    published = publish(hub, release)
-    repository = hub.repositories["grace/Toy-BF16"]
-    assert published == Published(f"{hub.endpoint}/grace/Toy-BF16", repository.head)
-    assert repository.private
-    assert len(repository.commits) == 2, "one commit on top of the repository's first"
-    folder = snapshot_download(
-        "grace/Toy-BF16", endpoint=hub.endpoint, token=TOKEN, cache_dir=tmp_path / "cache"
-    )
-    found = contents(Path(folder))
-    assert found.pop(".gitattributes")
-    assert found == contents(release) | {
-        "README.md": CARD.encode(),
-        "grace_manifest.json": MANIFEST.encode(),
-        "lineage.svg": PICTURE.encode(),
-    }
-    # The weights went the way of large files, the rest inside the commit.
-    assert repository.commits[-1][1]["model.safetensors"].large
-    assert not repository.commits[-1][1]["config.json"].large
+def test_publishing_the_same_again_makes_no_commit(hub: Hub, tmp_path: Path) -> None:
+    first = publish(hub, release(tmp_path, "1"))
+    before = {name: len(entry.commits) for name, entry in hub.repositories.items()}
+    hub.requests.clear()
+    assert publish(hub, release(tmp_path, "1")) == first
+    assert {name: len(entry.commits) for name, entry in hub.repositories.items()} == before
+    assert not [entry for entry in hub.requests if entry.startswith("PUT /lfs/")]
 
 
-def test_a_new_release_replaces_files_that_are_gone(hub: Hub, release: Path) -> None:
-    first = publish(hub, release)
-    (release / "model.safetensors").rename(release / "model-00001-of-00001.safetensors")
-    second = publish(hub, release)
-    assert first.revision != second.revision
-    (_, old), (_, new) = hub.repositories["grace/Toy-BF16"].commits[-2:]
-    assert "model.safetensors" in old and "model.safetensors" not in new
-    assert new["model-00001-of-00001.safetensors"] == old["model.safetensors"]
-
-
-def test_publishing_the_same_again_makes_no_commit(hub: Hub, release: Path) -> None:
-    # The client asks for each file's id and commits only what differs.
-    first = publish(hub, release)
-    commits = len(hub.repositories["grace/Toy-BF16"].commits)
-    assert publish(hub, release) == first
-    assert len(hub.repositories["grace/Toy-BF16"].commits) == commits
-
-
-@pytest.mark.parametrize("path", ["/commit/", "/lfs/", "objects/batch", "repos/create"])
-def test_a_failing_server_leaves_the_old_release(
-    hub: Hub, release: Path, path: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    first = publish(hub, release)
-    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
-    (release / "model.safetensors").write_bytes(b"new weights")
-    hub.fail[path] = 500
-    with pytest.raises(GraceError, match="again") as caught:
-        publish(hub, release)
-    assert hub.repositories["grace/Toy-BF16"].head == first.revision
-    assert "500" in str(caught.value)
-    assert TOKEN not in str(caught.value), "the server repeats the token, the error must not"
+def test_what_was_uploaded_is_not_sent_again(hub: Hub, tmp_path: Path, slept: list[float]) -> None:
+    hub.fail["/commit/staging-"] = 500
+    with pytest.raises(GraceError, match="kept"):
+        publish(hub, release(tmp_path, "1"))
+    sent = [entry for entry in hub.requests if entry.startswith("PUT /lfs/")]
+    assert len(sent) == 1
     hub.fail.clear()
-    assert publish(hub, release).revision != first.revision
+    publish(hub, release(tmp_path, "1"))
+    assert sum(entry == sent[0] for entry in hub.requests) == 1
+
+
+def test_progress_ends_with_everything_sent_and_checked(hub: Hub, tmp_path: Path) -> None:
+    told: list[tuple[int, int]] = []
+    contents = release(tmp_path, "1")
+    publish(hub, contents, lambda *at: told.append(at))
+    assert told == sorted(told)
+    total = 2 * sum(len(data) for content in contents for data in of(content).values())
+    assert told[-1] == (total, total)
+
+
+def test_a_public_release_is_private_until_it_is_whole(hub: Hub, tmp_path: Path) -> None:
+    seen: list[tuple[bool, bool]] = []
+
+    def look() -> None:
+        seen.append((published(hub) is None, any(not r.private for r in hub.repositories.values())))
+
+    hub.after = look
+    publish(hub, release(tmp_path, "1"), private=False)
+    assert (True, True) not in seen, "nothing was public before the index named the release"
+    assert not any(repository.private for repository in hub.repositories.values())
+
+
+def test_a_private_release_is_not_put_into_a_public_repository(hub: Hub, tmp_path: Path) -> None:
+    first = publish(hub, release(tmp_path, "1"), private=False)
+    with pytest.raises(GraceError, match="public"):
+        publish(hub, release(tmp_path, "2"), private=True)
+    assert published(hub) == first
+    assert main_of(hub, LABELS["w4"]) == of(release(tmp_path, "1")[1])
+
+
+def test_a_tag_is_never_moved(hub: Hub, tmp_path: Path) -> None:
+    first = publish(hub, release(tmp_path, "1"), tag="v1.0")
+    assert publish(hub, release(tmp_path, "1"), tag="v1.0") == first
+    hub.requests.clear()
+    with pytest.raises(GraceError, match=r"v1\.0.*never moved"):
+        publish(hub, release(tmp_path, "2"), tag="v1.0")
+    assert not [entry for entry in hub.requests if "lfs" in entry], "told before anything is sent"
+    assert published(hub) == first
+    second = publish(hub, release(tmp_path, "2"), tag="v1.1")
+    tags = hub.repositories[LABELS["bf16"]].tags
+    assert tags == {"v1.0": first.models["bf16"].commit, "v1.1": second.models["bf16"].commit}
+
+
+def test_a_change_by_someone_else_is_not_overwritten(hub: Hub, tmp_path: Path) -> None:
+    first = publish(hub, release(tmp_path, "1"))
+
+    def someone_else(number: int, request: str) -> Fault | None:
+        if request == f"POST /api/models/{LABELS['w4']}/commit/main":
+            repository = hub.repositories[LABELS["w4"]]
+            hub.fault = lambda number, request: None
+            repository.add_commit({**repository.commits[-1][1], "note": Blob(b"hello", False)})
+        return None
+
+    hub.fault = someone_else
+    with pytest.raises(GraceError, match="changed while publishing"):
+        publish(hub, release(tmp_path, "2"))
+    assert main_of(hub, LABELS["w4"])["note"] == b"hello"
+    assert published(hub) == first
+    # Said again, it is meant: the note stays in the history.
+    publish(hub, release(tmp_path, "2"))
+    assert "note" not in main_of(hub, LABELS["w4"])
+    assert any("note" in files for _, files in hub.repositories[LABELS["w4"]].commits)
+
+
+def test_a_server_that_keeps_something_else_is_found_out(hub: Hub, tmp_path: Path) -> None:
+    first = publish(hub, release(tmp_path, "1"))
+
+    def rot() -> None:
+        for oid, content in hub.stored.items():
+            if b"w4 2" in content:
+                hub.stored[oid] = content.replace(b"w4 2", b"w4 3", 1)
+
+    hub.after = rot
+    with pytest.raises(GraceError, match=r"model\.safetensors comes back with another SHA-256"):
+        publish(hub, release(tmp_path, "2"))
+    assert published(hub) == first
+    for content in release(tmp_path, "1"):
+        assert main_of(hub, content.repository) == of(content)
+
+
+def interrupt(hub: Hub, request: str) -> None:
+    """From the first request that starts so, the server is gone."""
+    gone = False
+
+    def fault(number: int, asked: str) -> Fault | None:
+        nonlocal gone
+        gone = gone or asked.startswith(request)
+        return Fault("reset") if gone else None
+
+    hub.fault = fault
+
+
+def recover(hub: Hub) -> None:
+    hub.fault = lambda number, request: None
+
+
+def test_another_release_undoes_an_interrupted_one(
+    hub: Hub, tmp_path: Path, slept: list[float]
+) -> None:
+    first, one = publish(hub, release(tmp_path, "1")), release(tmp_path, "1")
+    interrupt(hub, f"POST /api/models/{LABELS['w4']}/commit/main")
+    with pytest.raises(GraceError):
+        publish(hub, release(tmp_path, "2"))
+    recover(hub)
+    assert published(hub) == first
+    assert main_of(hub, LABELS["bf16"])["README.md"].endswith(b"bf16 2\n"), "half switched"
+    # A release without the model that was switched: this one must not be left alone.
+    only = {"w4": LABELS["w4"]}
+    index = publish(hub, release(tmp_path, "3", only))
+    assert published(hub) == index and list(index.models) == ["w4"]
+    assert main_of(hub, LABELS["bf16"]) == of(one[0])
+    assert main_of(hub, LABELS["w4"]) == of(release(tmp_path, "3", only)[0])
+    assert not any(repository.branches for repository in hub.repositories.values())
+
+
+def test_two_writers_do_not_write_at_once(
+    hub: Hub, tmp_path: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = publish(hub, release(tmp_path, "1"))
+    interrupt(hub, "PUT /lfs/")
+    with pytest.raises(GraceError):
+        publish(hub, release(tmp_path, "2"), owner="first")
+    recover(hub)
+    with pytest.raises(GraceError, match=r"under way.*--take-over"):
+        publish(hub, release(tmp_path, "3"), owner="second")
+    assert published(hub) == first
+    later = now() + LEASE + timedelta(seconds=1)
+    with monkeypatch.context() as patched:
+        patched.setattr("grace_core.publish.hub.now", lambda: later)
+        third = publish(hub, release(tmp_path, "3"), owner="second")
+    assert published(hub) == third, "a writer without a sign of life is given up"
+
+
+@pytest.mark.parametrize(
+    "when", ["Staged bf16", "Staged w4", "All models are staged and verified", f"Release {TAG}"]
+)
+def test_a_writer_whose_lease_was_taken_changes_nothing_more(
+    hub: Hub, tmp_path: Path, when: str
+) -> None:
+    publish(hub, release(tmp_path, "1"))
+    taken: list[ReleaseIndex] = []
+    write = HubRepository.write
+
+    def overtaken(self: HubRepository, files: Any, before: str, message: str) -> str:
+        """Between two requests of the first writer, a second one publishes another release."""
+        if message == when:
+            patched.undo()
+            taken.append(publish(hub, release(tmp_path, "3"), owner="second", take_over=True))
+        return write(self, files, before, message)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(HubRepository, "write", overtaken)
+        with pytest.raises(GraceError, match="took over"):
+            publish(hub, release(tmp_path, "2"), tag=TAG)
+    assert [published(hub)] == taken
+    for content in release(tmp_path, "3"):
+        assert main_of(hub, content.repository) == of(content)
 
 
 @pytest.mark.parametrize(("status", "words"), [(401, "write"), (403, "namespace")])
-def test_a_refused_token_is_explained(hub: Hub, release: Path, status: int, words: str) -> None:
+def test_a_refused_token_is_explained(hub: Hub, tmp_path: Path, status: int, words: str) -> None:
     hub.fail["."] = status
     with pytest.raises(GraceError, match=str(status)) as caught:
-        publish(hub, release)
+        publish(hub, release(tmp_path, "1"))
     assert "token" in str(caught.value) and words in str(caught.value)
-    assert TOKEN not in str(caught.value)
+    assert TOKEN not in str(caught.value), "the server repeats the token, the error must not"
 
 
-def test_a_wrong_token_is_explained(hub: Hub, release: Path) -> None:
+def test_a_wrong_token_is_explained(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(GraceError, match="401") as caught:
-        publish(hub, release, token="hf_wrong")
+        publish(hub, release(tmp_path, "1"), token="hf_wrong")
     assert "hf_wrong" not in str(caught.value)
     assert not hub.repositories
 
 
 def test_the_token_may_come_from_the_environment_only(
-    hub: Hub, release: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(GraceError, match="HF_TOKEN"):
-        publish(hub, release, token=None)
+        publish(hub, release(tmp_path, "1"), token=None)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
-    assert publish(hub, release, token=None).revision
+    assert publish(hub, release(tmp_path, "1"), token=None).models
 
 
-def test_the_token_is_not_logged(
-    hub: Hub, release: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+def test_the_token_is_not_written_anywhere(
+    hub: Hub,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
+    slept: list[float],
 ) -> None:
     caplog.set_level(logging.DEBUG)
-    publish(hub, release)
+    publish(hub, release(tmp_path, "1"))
     hub.fail["/commit/"] = 500
-    (release / "config.json").write_text("{}")
-    with pytest.raises(GraceError):
-        publish(hub, release)
-    printed = capfd.readouterr()
+    with pytest.raises(GraceError) as caught:
+        publish(hub, release(tmp_path, "2"))
+    told = capfd.readouterr()
     assert caplog.records
-    assert TOKEN not in caplog.text + printed.out + printed.err
+    assert TOKEN not in caplog.text + told.out + told.err + str(caught.value)
+    assert caught.value.__cause__ is None and caught.value.__suppress_context__
+    on_hub = b"".join(
+        b
+        for r in hub.repositories.values()
+        for f in r.known.values()
+        for b in (x.content for x in f.values())
+    )
+    assert TOKEN.encode() not in on_hub
+    assert TOKEN not in repr(target(hub)), "nor shown when the target is"
 
 
-def test_a_change_by_someone_else_is_not_overwritten(hub: Hub, release: Path) -> None:
-    publish(hub, release)
-    (release / "config.json").write_text("{}")
+def test_a_server_that_asks_for_patience_gets_it(
+    hub: Hub, tmp_path: Path, slept: list[float]
+) -> None:
+    asked: list[str] = []
 
-    def someone_else(repository: Repository) -> None:
-        repository.add_commit({**repository.commits[-1][1], "note": Blob(b"hello", False)})
+    def busy(number: int, request: str) -> Fault | None:
+        if "/commit/" in request and request not in asked:
+            asked.append(request)
+            return Fault("429")
+        return None
 
-    hub.before_commit.append(someone_else)
-    with pytest.raises(GraceError, match="changed while publishing"):
-        publish(hub, release)
-    assert "note" in hub.repositories["grace/Toy-BF16"].commits[-1][1]
-
-
-def test_a_private_release_is_not_put_into_a_public_repository(hub: Hub, release: Path) -> None:
-    first = publish(hub, release, private=False)
-    (release / "config.json").write_text("{}")
-    with pytest.raises(GraceError, match="public"):
-        publish(hub, release, private=True)
-    assert hub.repositories["grace/Toy-BF16"].head == first.revision
+    hub.fault = busy
+    assert publish(hub, release(tmp_path, "1")) == published(hub)
+    assert asked and slept == [7.0] * len(asked), "as long as Retry-After says"
 
 
-def test_a_server_that_keeps_something_else_is_found_out(hub: Hub, release: Path) -> None:
-    damaged = Blob(b"bit rot", large=True)
-
-    def damage(repository: Repository) -> None:
-        add = repository.add_commit
-        repository.add_commit = lambda files: add(  # type: ignore[method-assign]
-            {**files, "model.safetensors": damaged}
-        )
-
-    hub.before_commit.append(damage)
-    with pytest.raises(GraceError, match=r"model\.safetensors has another SHA-256"):
-        publish(hub, release)
+def test_a_server_that_asks_for_too_much_patience_is_left_alone(
+    hub: Hub, tmp_path: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_connection, "LONGEST_WAIT", 5.0)
+    hub.fault = lambda number, request: Fault("429") if "/commit/" in request else None
+    with pytest.raises(GraceError, match="429"):
+        publish(hub, release(tmp_path, "1"))
+    assert not slept
 
 
-def test_an_unreachable_hub_is_explained(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slept: list[float]
+) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with running_hub(TOKEN) as stopped:
         pass
     with pytest.raises(GraceError, match="publish again"):
-        publish(stopped, release)
+        publish(stopped, release(tmp_path, "1"))
 
 
-def test_the_offline_switch_is_named(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_offline_switch_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with running_hub(TOKEN) as hub, pytest.raises(GraceError, match="HF_HUB_OFFLINE"):
-        publish(hub, release)
+        publish(hub, release(tmp_path, "1"))
+
+
+def test_an_index_that_nobody_understands_is_not_overwritten(hub: Hub, tmp_path: Path) -> None:
+    publish(hub, release(tmp_path, "1"))
+    repository = hub.repositories[INDEX_REPOSITORY]
+    repository.add_commit({**repository.commits[-1][1], INDEX: Blob(b"{}", False)})
+    with pytest.raises(GraceError, match="cannot be read"):
+        publish(hub, release(tmp_path, "2"))
+
+
+def test_the_index_leads_to_the_models(hub: Hub, tmp_path: Path) -> None:
+    contents = release(tmp_path, "1")
+    publish(hub, contents)
+    where = {"endpoint": hub.endpoint, "token": TOKEN}
+    file = hf_hub_download(INDEX_REPOSITORY, INDEX, cache_dir=tmp_path / "cache", **where)
+    chosen = json.loads(Path(file).read_text())["models"]["w4"]
+    weights = hf_hub_download(
+        chosen["repository"],
+        "model.safetensors",
+        revision=chosen["commit"],
+        cache_dir=tmp_path / "cache",
+        **where,
+    )
+    assert Path(weights).read_bytes() == of(contents[1])["model.safetensors"]

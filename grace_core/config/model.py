@@ -413,18 +413,31 @@ class DirectoryDestination(Section):
 
 
 class HubDestination(Section):
-    """The Hugging Face Hub; the token comes from HF_TOKEN or a Prefect secret, never from here."""
+    """The Hugging Face Hub; the token is in HF_TOKEN or a Prefect Secret block, never here."""
 
     kind: Literal["hub"] = "hub"
     namespace: RepositoryName = Field(
         description="user or organisation that owns the repositories, of letters, digits, dots, "
         "underscores and hyphens"
     )
-    private: bool = True
+    private: bool = Field(
+        True, description="false: made public once the whole release is there and verified"
+    )
     endpoint: str = Field(
         "https://huggingface.co",
         pattern=r"^https?://\S+$",
         description="base address of the Hub's API",
+    )
+    tag: str | None = Field(
+        None,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="git tag of the release in every repository, such as v2026.11.0; it is never "
+        "moved. null: named by the content",
+    )
+    token_secret: str | None = Field(
+        None,
+        description="name of the Prefect Secret block that holds the token, for deployments whose "
+        "environment has no HF_TOKEN",
     )
 
 
@@ -445,6 +458,11 @@ class Publish(Section):
     base_model: str = Field(description="Hub id of the student's base model, for the model card")
     teacher_model: str = Field(description="Hub id of the teacher, for the model card's text")
     dataset: str = Field(description="Hub id or name of the training data, for the model card")
+    results_files: bool = Field(
+        True,
+        description="besides the card's metadata, write the scores of benchmarks that have a data "
+        "set on the Hub as `.eval_results/*.yaml`",
+    )
     destination: Annotated[DirectoryDestination | HubDestination, Field(discriminator="kind")] = (
         DirectoryDestination()
     )

@@ -15,3 +15,9 @@ def repository_name(config: GraceConfig, label: str) -> str:
     name = release_name(config.publish.name, label, config.quantize.group_size)
     destination = config.publish.destination
     return f"{destination.namespace}/{name}" if isinstance(destination, HubDestination) else name
+
+
+def index_repository(config: GraceConfig) -> str:
+    """`Toy-GRACE-Releases`: what holds the release index, with the owner in front on the Hub."""
+    name, destination = f"{config.publish.name}-Releases", config.publish.destination
+    return f"{destination.namespace}/{name}" if isinstance(destination, HubDestination) else name

@@ -1,135 +1,165 @@
-"""Publishing a release to a directory of this machine."""
+"""Publishing a release of several models to a directory: all of it, or nothing."""
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import uuid
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+from pydantic import ValidationError
 
 from grace_core.artifacts import digest_folder
 from grace_core.errors import GraceError
 from grace_core.lineage.published import RELEASE_MANIFEST
-
-CARD = "README.md"
-PICTURE = "lineage.svg"
-_PICKLES = (".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt")
-
-
-@dataclass(frozen=True)
-class Published:
-    """Where a release went."""
-
-    location: str
-    """Directory, or address of the repository."""
-
-    revision: str
-    """SHA-256 over the directory's files, or the repository's commit."""
+from grace_core.locks import sole_maker
+from grace_core.publish.content import ReleaseContent, set_id
+from grace_core.publish.index import INDEX, IndexedModel, ReleaseIndex, now
+from grace_core.whole_files import write_whole
 
 
 def publish_to_directory(
-    release_folder: Path, documents: Mapping[str, str], destination: Path
-) -> Published:
-    """Copy a release to `destination` with its documents.
+    contents: Sequence[ReleaseContent],
+    root: Path,
+    report: Callable[[int, int], None] = lambda done, total: None,
+) -> ReleaseIndex:
+    """Have each model at `root / repository`, and the release index in `root`.
 
-    documents: text by file name, of CARD, RELEASE_MANIFEST and PICTURE.
+    Every model is copied beside its destination and compared with its source by SHA-256. Only when
+    all are whole do they take their names; then the index is written, and only then the models that
+    were published there before go. Whatever fails, and whatever was killed, leaves the old release:
+    the next publication puts back what it finds half switched.
 
-    The copy is built beside the destination and compared with the source by SHA-256; only then
-    does it take the destination's name. What was published there before stays until that moment,
-    and stays for good when anything fails.
+    report: is told bytes done and bytes to do.
 
-    Raises GraceError when the release is not fit to publish, when the destination holds something
-    other than an earlier release, or when the copy differs from the source.
+    Raises GraceError when a destination holds something other than an earlier release or lies in
+    the release itself, or when a copy differs from its source.
     """
-    source_files = release_files(release_folder, documents)
-    destination = destination.absolute()
-    inside = (destination.resolve(), release_folder.resolve())
-    if inside[0].is_relative_to(inside[1]) or inside[1].is_relative_to(inside[0]):
-        raise GraceError(
-            f"{destination} and the release {release_folder} lie inside each other; publish to a "
-            "folder of its own"
-        )
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    previous = destination.with_name(f".{destination.name}.previous")
-    _recover(destination, previous)
-    if destination.exists() and not (destination / RELEASE_MANIFEST).is_file():
-        raise GraceError(
-            f"{destination} exists and is no earlier release (it has no {RELEASE_MANIFEST}); move "
-            "it away or publish elsewhere"
-        )
-    partial = destination.with_name(f".{destination.name}.partial-{uuid.uuid4().hex[:8]}")
-    try:
-        for name, file in source_files.items():
-            copy = partial / name
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
-        if digest_folder(partial) != digest_folder(release_folder):
-            raise GraceError(
-                f"the copy of {release_folder} differs from it; check the disk of {destination} "
-                "and that nothing writes into the release, then publish again"
+    root = root.absolute()
+    for content in contents:
+        _require_apart(content, root)
+    root.mkdir(parents=True, exist_ok=True)
+    with sole_maker(root / INDEX):
+        _recover(root)
+        for content in contents:
+            final = root / content.repository
+            _require_release(final)
+            for partial in root.glob(f".{final.name}.partial-*"):  # of a killed publication
+                shutil.rmtree(partial)
+        total, done = sum(content.size for content in contents), 0
+        staged: dict[Path, Path] = {}
+        try:
+            for content in contents:
+                final = root / content.repository
+                staged[final] = _aside(final, f"partial-{uuid.uuid4().hex[:8]}")
+                _copy(content, staged[final])
+                done += content.size
+                report(done, total)
+            index = ReleaseIndex(
+                release=set_id(contents),
+                published=now().isoformat(),
+                models={
+                    content.label: IndexedModel(
+                        repository=content.repository,
+                        commit=content.digest,
+                        tag=None,
+                        digest=content.digest,
+                        bytes=content.size,
+                    )
+                    for content in contents
+                },
             )
-        for name, text in documents.items():
-            (partial / name).write_text(text, encoding="utf-8")
-        digest = digest_folder(partial)
-        _switch(partial, destination, previous)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    return Published(str(destination), digest)
+            previous = [_aside(final, "previous") for final in staged if final.exists()]
+            try:
+                for final, partial in staged.items():
+                    if final.exists():
+                        os.replace(final, _aside(final, "previous"))
+                    os.replace(partial, final)
+                write_whole(root / INDEX, index.model_dump_json(indent=1) + "\n")
+            except BaseException:
+                _recover(root)
+                raise
+            for folder in previous:
+                shutil.rmtree(folder)
+        finally:
+            for partial in staged.values():
+                shutil.rmtree(partial, ignore_errors=True)
+    return index
 
 
-def release_files(release_folder: Path, documents: Mapping[str, str]) -> dict[str, Path]:
-    """Files of a release by their name in the repository ("a/b.json"), checked to be publishable.
+def read_directory_index(root: Path) -> ReleaseIndex | None:
+    """The release index of a directory; None where nothing is published.
 
-    Raises GraceError for a folder that is no checkpoint, or that holds links, pickles or names
-    that the documents need.
+    Raises GraceError when the file cannot be understood.
     """
-    assert documents.keys() == {CARD, RELEASE_MANIFEST, PICTURE}
-    json.loads(documents[RELEASE_MANIFEST])  # made by this package: anything else is a bug
-    if not release_folder.is_dir():
-        raise GraceError(f"{release_folder} is no directory; run the release stage first")
-    problems = []
-    files = {}
-    for path in sorted(release_folder.rglob("*")):
-        name = path.relative_to(release_folder).as_posix()
-        if path.is_symlink():
-            problems.append(f"{name} is a link; releases hold plain files only")
-        elif path.is_file():
-            files[name] = path
-            if path.suffix in _PICKLES:
-                problems.append(f"{name} may be a pickle; releases hold safetensors only")
-            if name in documents:
-                problems.append(f"{name} is written when publishing; remove it")
-    if "config.json" not in files:
-        problems.append("config.json is missing: not a Hugging Face checkpoint")
-    if not any(name.endswith(".safetensors") for name in files):
-        problems.append("there are no *.safetensors weights")
-    if problems:
-        lines = [f"{release_folder} cannot be published; run the release stage again:", *problems]
-        raise GraceError("\n  - ".join(lines))
-    return files
-
-
-def _recover(destination: Path, previous: Path) -> None:
-    """Undo a switch that was cut short between its two renames, or tidy up after a finished one."""
-    if not previous.exists():
-        return
-    if destination.exists():
-        shutil.rmtree(previous)
-    else:
-        os.replace(previous, destination)
-
-
-def _switch(partial: Path, destination: Path, previous: Path) -> None:
-    if not destination.exists():
-        os.replace(partial, destination)
-        return
-    os.replace(destination, previous)
+    file = root / INDEX
+    if not file.is_file():
+        return None
     try:
-        os.replace(partial, destination)
-    except OSError:
-        os.replace(previous, destination)
-        raise
-    shutil.rmtree(previous)
+        return ReleaseIndex.model_validate_json(file.read_text(encoding="utf-8"))
+    except ValidationError as error:
+        raise GraceError(
+            f"{file} is no release index ({error.error_count()} problems); move it away, or "
+            "publish elsewhere"
+        ) from error
+
+
+def _copy(content: ReleaseContent, partial: Path) -> None:
+    for name, file in content.files.items():
+        copy = partial / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(file, bytes):
+            copy.write_bytes(file)
+        else:
+            shutil.copyfile(file, copy)
+    if digest_folder(partial) != content.digest:
+        raise GraceError(
+            f"the copy of {content.repository} differs from the release; check the disk of "
+            f"{partial.parent} and that nothing writes into the release, then publish again"
+        )
+
+
+def _require_apart(content: ReleaseContent, root: Path) -> None:
+    final = (root / content.repository).resolve()
+    for file in content.files.values():
+        if isinstance(file, Path):
+            source = file.resolve().parent
+            if source.is_relative_to(final) or final.is_relative_to(source):
+                raise GraceError(
+                    f"{final} and the release {source} lie inside each other; publish to a folder "
+                    "of its own"
+                )
+
+
+def _require_release(final: Path) -> None:
+    if final.exists() and not (final / RELEASE_MANIFEST).is_file():
+        raise GraceError(
+            f"{final} exists and is no earlier release (it has no {RELEASE_MANIFEST}); move it "
+            "away or publish elsewhere"
+        )
+
+
+def _recover(root: Path) -> None:
+    """Bring models and index together after a switch, finished or cut short.
+
+    A model that the index names with another digest goes back to what it was before; of one that
+    is as the index says, what was before goes.
+    """
+    switched = [*root.glob(".*.previous")]
+    index = read_directory_index(root) if switched else None
+    named = {model.repository: model for model in index.models.values()} if index else {}
+    for previous in switched:
+        final = previous.with_name(previous.name.removeprefix(".").removesuffix(".previous"))
+        model = named.get(final.name)
+        is_new = final.exists() and model is not None and digest_folder(final) == model.digest
+        if is_new:
+            shutil.rmtree(previous)
+            continue
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(previous, final)
+
+
+def _aside(final: Path, what: str) -> Path:
+    return final.with_name(f".{final.name}.{what}")

@@ -1,175 +1,384 @@
-"""Publishing a release to the Hugging Face Hub: one commit with all files, then verified."""
+"""Publishing a release of several models to the Hugging Face Hub: all of it, or nothing.
+
+1. Lease: `publishing.json` in the index repository says who publishes what (`index.py`). What an
+   interrupted publication of another release left on main branches is undone.
+2. Staging: every model is sent to a staging branch of its repository, downloaded again and compared
+   by SHA-256. Main branches are as they were.
+3. Decision: once all are verified, the lease says so. From here on the publication is completed, by
+   this run or by the next.
+4. Switch of each model: one commit on main on top of the one that was there, then its tag.
+5. Switch of the release: one commit in the index repository names the new commits and ends the
+   lease.
+6. What is to be public is made public; the staging branches go.
+
+Each step looks before it acts. So the next run with the same release finds what is done, and does
+the rest; a run with another release undoes it first. Until the fifth step the index names the old
+release, whose commits stay in the history.
+"""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import logging
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
-from huggingface_hub.hf_api import RepoFile
+from pydantic import ValidationError
 
 from grace_core.errors import GraceError
-from grace_core.hub_transport import TransportError
-from grace_core.publish.directory import Published, release_files
+from grace_core.publish.content import CARD, ReleaseContent, set_id
+from grace_core.publish.hub_connection import HubConnection
+from grace_core.publish.hub_repository import (
+    MAIN,
+    HubRepository,
+    moved_tag,
+    shows,
+    tree_digest,
+)
+from grace_core.publish.index import (
+    INDEX,
+    JOURNAL,
+    RENEWED_AFTER,
+    IndexedModel,
+    PlannedModel,
+    Publication,
+    ReleaseIndex,
+    now,
+    tag_of,
+)
 
-_KEPT = frozenset({".gitattributes"})
-"""Files the Hub writes itself."""
+log = logging.getLogger(__name__)
+
+STAGING = "staging-"
+"""+ digits of the release: name of the branch that it is sent to first."""
+
+
+@dataclass(frozen=True)
+class HubTarget:
+    """Where a release goes, and on whose behalf."""
+
+    endpoint: str
+    namespace: str
+    index_repository: str
+    """`owner/name` of the repository of the release index."""
+
+    private: bool
+    owner: str
+    """Stands for the run directory; two publications of one owner are never at work at once."""
+
+    tag: str | None = None
+    token: str | None = field(default=None, repr=False)
+    take_over: bool = False
+    """Take the lease of another writer although it may be at work."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the index repository says."""
+
+    head: str
+    index: ReleaseIndex | None
+    journal: Publication | None
+
+
+Report = Callable[[int, int], None]
+"""Is told bytes done and bytes to do; each byte is sent once and checked once."""
 
 
 def publish_to_hub(
-    release_folder: Path,
-    documents: Mapping[str, str],
-    *,
-    namespace: str,
-    name: str,
-    private: bool,
-    endpoint: str,
-    token: str | None = None,
-) -> Published:
-    """Make the repository `namespace/name` hold exactly this release, by a single commit.
-
-    The commit is made on top of the one that was read before, so a change by someone else in
-    between is not overwritten but refused. Afterwards every file's digest is compared with what the
-    server lists for that commit.
+    contents: Sequence[ReleaseContent],
+    target: HubTarget,
+    index_card: Callable[[ReleaseIndex], str],
+    room: Path,
+    report: Report = lambda done, total: None,
+) -> ReleaseIndex:
+    """Publish these models as one release; returns the index that names their commits.
 
     Args:
-        documents: text by file name, of CARD, RELEASE_MANIFEST and PICTURE.
-        private: visibility of a repository that is made now. One that exists must not be public
-            when this is true.
-        endpoint: base address of the Hub's API.
-        token: with the right to write to `namespace`; by default the environment's HF_TOKEN. It is
-            never part of a log line or an error.
+        contents: one entry a model.
+        index_card: makes the text of the index repository's `README.md`.
+        room: folder that is made for the files that are downloaded again, one at a time, and
+            removed.
+        report: progress.
 
-    Raises GraceError saying what to mend; until the commit succeeds, `main` is unchanged.
+    Raises GraceError saying what to mend; the index then names the release that it named before.
     """
-    token = token or os.environ.get("HF_TOKEN")
-    if not token:
-        raise GraceError(
-            "no token for the Hugging Face Hub; export HF_TOKEN (a token with the right to write "
-            f"to {namespace})"
-        )
-    files: dict[str, Path | bytes] = dict(release_files(release_folder, documents))
-    files |= {name: text.encode("utf-8") for name, text in documents.items()}
-    repository = f"{namespace}/{name}"
-    api = HfApi(endpoint=endpoint, token=token, library_name="grace-pipeline")
-    with _explained(repository, endpoint, token):
-        api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
-        info = api.model_info(repository)
-        if private and not info.private:
-            raise GraceError(
-                f"{repository} exists and is public, but a private release was asked for; make it "
-                "private on the Hub, choose another name, or set publish.destination.private to "
-                "false"
-            )
-        present = _listed(api, repository, info.sha) if info.sha else {}
-        commit = api.create_commit(
-            repository,
-            operations=[
-                *(CommitOperationAdd(path, content) for path, content in files.items()),
-                *(
-                    CommitOperationDelete(path)
-                    for path in sorted(present.keys() - files.keys() - _KEPT)
-                ),
-            ],
-            commit_message=f"Release {name}",
-            parent_commit=info.sha,
-        ).oid
-        _verify(repository, commit, files, _listed(api, repository, commit))
-    return Published(f"{endpoint.rstrip('/')}/{repository}", commit)
+    hub = HubConnection(target.endpoint, target.token, target.namespace)
+    return _Publisher(hub, contents, target, index_card, room, report).publish()
 
 
-def _listed(api: HfApi, repository: str, revision: str) -> dict[str, RepoFile]:
-    entries = api.list_repo_tree(repository, revision=revision, recursive=True)
-    return {entry.path: entry for entry in entries if isinstance(entry, RepoFile)}
+def read_index(repository: HubRepository) -> Found | None:
+    """The index repository's state; None where there is no such repository.
 
-
-def _verify(
-    repository: str,
-    commit: str,
-    files: Mapping[str, Path | bytes],
-    listed: Mapping[str, RepoFile],
-) -> None:
-    """Compare digests: SHA-256 of files in large-file storage, git's blob id of the others."""
-    problems = [
-        f"{path} should not be there" for path in sorted(listed.keys() - files.keys() - _KEPT)
-    ]
-    for path, content in files.items():
-        entry = listed.get(path)
-        if entry is None:
-            problems.append(f"{path} is missing")
-        elif entry.lfs is not None:
-            if entry.lfs.sha256 != _digest(content, hashlib.sha256()):
-                problems.append(f"{path} has another SHA-256")
-        else:
-            size = len(content) if isinstance(content, bytes) else content.stat().st_size
-            blob = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-            if entry.blob_id != _digest(content, blob):
-                problems.append(f"{path} has another content")
-    if problems:
-        raise GraceError(
-            f"commit {commit} of {repository} is not what was sent; do not use it, and publish "
-            "again:\n  - " + "\n  - ".join(problems)
-        )
-
-
-def _digest(content: Path | bytes, digest: hashlib._Hash) -> str:
-    if isinstance(content, bytes):
-        digest.update(content)
-    else:
-        with content.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-    return digest.hexdigest()
-
-
-@contextmanager
-def _explained(repository: str, endpoint: str, token: str) -> Iterator[None]:
-    """Turn the client's errors into ones with a remedy, and keep the token out of their text.
-
-    The original error is not chained: it carries the request, and a server may echo a header.
+    Raises GraceError when a file there cannot be understood.
     """
+    if repository.info() is None:
+        return None
+    head = repository.head()
+    assert head is not None
+    tree = repository.tree(head)
+
+    def text(path: str) -> bytes | None:
+        return repository.read(path, head) if path in tree else None
+
     try:
-        yield
-    except OfflineModeIsEnabled:
+        index, journal = text(INDEX), text(JOURNAL)
+        return Found(
+            head,
+            None if index is None else ReleaseIndex.model_validate_json(index),
+            None if journal is None else Publication.model_validate_json(journal),
+        )
+    except ValidationError as error:
         raise GraceError(
-            f"{repository}: the Hub client is offline; unset HF_HUB_OFFLINE to publish"
-        ) from None
-    except (TransportError, OSError, RuntimeError, ValueError) as error:
-        # The client wraps a failed upload of a large file in a RuntimeError.
-        cause = error.__cause__ if isinstance(error, RuntimeError) else None
-        reason = cause or error
-        remedy = (
-            _remedy(reason.response.status_code)
-            if isinstance(reason, HfHubHTTPError)
-            else f"publishing to {endpoint} failed; a commit is made whole or not at all. Mend "
-            "what is said below and publish again"
-        )
-        said = f"{type(reason).__name__}: {reason}".replace(token, "<token>")
-        raise GraceError(f"{repository}: {remedy}\n{said}") from None
+            f"{INDEX} or {JOURNAL} of {repository.name} cannot be read ({error.error_count()} "
+            "problems); mend the file on the Hub, or publish with the version that wrote it"
+        ) from error
 
 
-def _remedy(status: int) -> str:
-    if status == 401:
-        return (
-            "the token was refused (401); set HF_TOKEN to a valid token whose scope is `write`, or "
-            "fine-grained with write access to this namespace"
+def require_free_lease(found: Found, target: HubTarget) -> None:
+    """Raise GraceError while another writer may be at work."""
+    journal = found.journal
+    if (
+        journal is not None
+        and journal.owner != target.owner
+        and journal.is_fresh(now())
+        and not target.take_over
+    ):
+        raise GraceError(
+            f"another publication to {target.index_repository} is under way (last sign of life "
+            f"{journal.renewed:%Y-%m-%d %H:%M:%S} UTC). Let it end; if you know that it is dead, "
+            "`grace publish CONFIG --take-over`"
         )
-    if status == 403:
-        return (
-            "the token is valid but may not do this (403); give it the scope `write` for this "
-            "namespace, or publish to a namespace you can write to"
+
+
+def require_unmoved_tags(
+    contents: Sequence[ReleaseContent], repositories: Mapping[str, HubRepository], tag: str
+) -> None:
+    """Raise GraceError where the tag stands for other files; before anything is sent."""
+    for content in contents:
+        repository = repositories[content.label]
+        found = repository.tags().get(tag)
+        if found is not None and not shows(repository.tree(found), content):
+            raise moved_tag(repository.name, tag)
+
+
+class _Publisher:
+    def __init__(
+        self,
+        hub: HubConnection,
+        contents: Sequence[ReleaseContent],
+        target: HubTarget,
+        index_card: Callable[[ReleaseIndex], str],
+        room: Path,
+        report: Report,
+    ) -> None:
+        self._contents = contents
+        self._target = target
+        self._index_card = index_card
+        self._room = room
+        self._report = report
+        self._total = 2 * sum(content.size for content in contents)
+        self._done = 0
+        self._release = set_id(contents)
+        self._tag = target.tag or tag_of(self._release)
+        self._hub = hub
+        self._index = HubRepository(hub, target.index_repository)
+        self._models = {
+            content.label: HubRepository(hub, content.repository) for content in contents
+        }
+        self._head = ""
+        """Last commit of the index repository that this writer knows: its lease."""
+
+    def publish(self) -> ReleaseIndex:
+        self._prepare()
+        found = read_index(self._index)
+        assert found is not None
+        if not self._is_published(found):
+            require_free_lease(found, self._target)
+            require_unmoved_tags(self._contents, self._models, self._tag)
+            journal = self._acquire(found)
+            journal = self._stage(journal)
+            index = self._switch(journal)
+        else:
+            assert found.index is not None
+            index = found.index
+        self._finish()
+        return index
+
+    def _prepare(self) -> None:
+        """Repositories are there, and none shows what is to be hidden."""
+        for repository in (*self._models.values(), self._index):
+            repository.create()
+            info = repository.info()
+            if self._target.private and info is not None and not info.private:
+                raise GraceError(
+                    f"{repository.name} exists and is public, but a private release was asked for; "
+                    "make it private on the Hub, choose another name, or set "
+                    "publish.destination.private to false"
+                )
+
+    def _is_published(self, found: Found) -> bool:
+        """Whether the index names this release, main shows it, and nobody is at work."""
+        if found.journal is not None or found.index is None:
+            return False
+        if found.index.release != self._release:
+            return False
+        return all(
+            shows(self._models[content.label].tree(MAIN), content) for content in self._contents
         )
-    if status in (409, 412):
-        return (
-            f"the repository changed while publishing ({status}); nothing was overwritten. Look at "
-            "its newest commit and publish again"
+
+    def _acquire(self, found: Found) -> Publication:
+        """Take the lease, and undo what another release's publication left on main branches."""
+        self._head = found.head
+        before = found.journal
+        resumed = before is not None and before.release == self._release
+        undone = None
+        if before is not None:  # one that was to undo another has changed nothing itself
+            undone = before.interrupted or (None if resumed else before)
+        models = {}
+        for content in self._contents:
+            known = before.models.get(content.label) if resumed and before is not None else None
+            head = self._models[content.label].head()
+            assert head is not None
+            models[content.label] = PlannedModel(
+                repository=content.repository,
+                digest=content.digest,
+                before=head,
+                staged=known.staged if known else None,
+                tree=known.tree if known else None,
+            )
+        journal = Publication(
+            owner=self._target.owner,
+            renewed=now(),
+            release=self._release,
+            tag=self._tag,
+            models=models,
+            decided=resumed and before is not None and before.decided,
+            interrupted=undone,
         )
-    if status >= 500:
-        return (
-            f"the Hub failed ({status}); a commit is made whole or not at all. Publish again later"
+        self._write(journal, "Begin to publish a release")
+        if undone is None:
+            return journal
+        self._undo(undone)
+        heads = {label: repository.head() for label, repository in self._models.items()}
+        journal = journal.model_copy(
+            update={
+                "interrupted": None,
+                "models": {
+                    label: model.model_copy(update={"before": heads[label]})
+                    for label, model in journal.models.items()
+                },
+            }
         )
-    return f"the Hub refused the request ({status}); check repository name, namespace and card"
+        return self._write(journal, "Undid an interrupted publication")
+
+    def _undo(self, journal: Publication) -> None:
+        """Main branches that an interrupted publication has changed show what they showed."""
+        for model in journal.models.values():
+            repository = HubRepository(self._hub, model.repository)
+            head = repository.head()
+            assert head is not None
+            if head != model.before and tree_digest(repository.tree(head)) == model.tree:
+                self._require_lease()
+                repository.replace(MAIN, head, model.before, "Undo an interrupted publication")
+                log.warning(
+                    "%s: main shows commit %s again; its publication was interrupted",
+                    model.repository,
+                    model.before,
+                )
+            repository.drop_branches(STAGING)
+
+    def _stage(self, journal: Publication) -> Publication:
+        """Every model is on its staging branch and verified; the lease then says so."""
+        branch = STAGING + self._release[:12]
+        for content in self._contents:
+            repository, planned = self._models[content.label], journal.models[content.label]
+            if planned.staged is not None and repository.branches().get(branch) == planned.staged:
+                self._advance(2 * content.size)  # verified by an earlier run
+                continue
+            repository.branch(branch, planned.before)
+
+            def sent(size: int) -> None:
+                nonlocal journal
+                self._advance(size)
+                if now() - journal.renewed > RENEWED_AFTER:
+                    journal = self._write(journal, "Still publishing")
+
+            commit = repository.stage(content, branch, sent)
+            try:
+                repository.verify(content, commit, self._room, sent)
+            finally:
+                shutil.rmtree(self._room, ignore_errors=True)
+            planned = planned.model_copy(
+                update={"staged": commit, "tree": tree_digest(repository.tree(commit))}
+            )
+            models = {**journal.models, content.label: planned}
+            journal = self._write(
+                journal.model_copy(update={"models": models}), f"Staged {content.label}"
+            )
+        if journal.decided:
+            return journal
+        return self._write(
+            journal.model_copy(update={"decided": True}), "All models are staged and verified"
+        )
+
+    def _switch(self, journal: Publication) -> ReleaseIndex:
+        """Main branch and tag of every model, then the index."""
+        models = {}
+        for content in self._contents:
+            repository, planned = self._models[content.label], journal.models[content.label]
+            assert planned.staged is not None
+            self._require_lease()
+            commit = repository.replace(
+                MAIN, planned.before, planned.staged, f"Release {self._tag}"
+            )
+            if tree_digest(repository.tree(commit)) != planned.tree:
+                raise GraceError(
+                    f"commit {commit} of {repository.name} is not what was staged, though the Hub "
+                    "took it for that; the index still names the old release. Publish again"
+                )
+            repository.tag(self._tag, commit)
+            models[content.label] = IndexedModel(
+                repository=content.repository,
+                commit=commit,
+                tag=self._tag,
+                digest=content.digest,
+                bytes=content.size,
+            )
+        index = ReleaseIndex(release=self._release, published=now().isoformat(), models=models)
+        self._index.write(
+            {
+                INDEX: (index.model_dump_json(indent=1) + "\n").encode(),
+                CARD: self._index_card(index).encode(),
+                JOURNAL: None,
+            },
+            self._head,
+            f"Release {self._tag}",
+        )
+        return index
+
+    def _finish(self) -> None:
+        """Visibility, and no branch that is not needed any more."""
+        for repository in (*self._models.values(), self._index):
+            info = repository.info()
+            if not self._target.private and info is not None and info.private:
+                repository.make_public()
+        for repository in self._models.values():
+            repository.drop_branches(STAGING)
+
+    def _write(self, journal: Publication, message: str) -> Publication:
+        renewed = journal.model_copy(update={"renewed": now()})
+        self._head = self._index.write({JOURNAL: renewed.to_text().encode()}, self._head, message)
+        return renewed
+
+    def _require_lease(self) -> None:
+        if self._index.head() != self._head:
+            raise GraceError(
+                f"another publication to {self._index.name} took over; this one changes nothing "
+                "more. Let it end, then publish again"
+            )
+
+    def _advance(self, size: int) -> None:
+        self._done += size
+        self._report(self._done, self._total)

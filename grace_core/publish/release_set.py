@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from grace_core.artifacts import Artifact
 from grace_core.config.model import BITS, GraceConfig, HubDestination, TrainingStage
-from grace_core.config.names import repository_name
+from grace_core.config.names import index_repository, repository_name
 from grace_core.evaluation.table import Label, ResultRow, ResultsTable, results_table
 from grace_core.export.card import (
     Quantization,
@@ -22,10 +24,41 @@ from grace_core.lineage.collect import graph_of, lineage_of
 from grace_core.lineage.graph import Lineage
 from grace_core.lineage.picture import picture
 from grace_core.lineage.published import RELEASE_MANIFEST, published_form
-from grace_core.publish.directory import CARD, PICTURE, Published, publish_to_directory
-from grace_core.publish.hub import publish_to_hub
+from grace_core.locks import sole_maker
+from grace_core.publish.content import CARD, PICTURE, ReleaseContent, read_content
+from grace_core.publish.directory import publish_to_directory
+from grace_core.publish.hub import HubTarget, publish_to_hub
+from grace_core.publish.index import ReleaseIndex
+from grace_core.publish.index_card import index_card
+from grace_core.whole_files import write_whole
+
+
+@dataclass(frozen=True)
+class Published:
+    """Where a release went."""
+
+    location: str
+    """Directory, or address of the repository."""
+
+    revision: str
+    """Digest of the directory's files, or the repository's commit."""
+
 
 ROWS: tuple[Label, ...] = ("teacher", "baseline", "bf16", "w8", "w4")
+
+
+@dataclass(frozen=True)
+class HubAccess:
+    """How the Hub is reached; nothing of it is written anywhere."""
+
+    token: str | None = field(default=None, repr=False)
+    """By default the environment's HF_TOKEN."""
+
+    take_over: bool = False
+    """Take the lease of another publication although it may be at work."""
+
+
+FROM_ENVIRONMENT = HubAccess()
 
 
 def publish_releases(
@@ -33,28 +66,27 @@ def publish_releases(
     releases: Mapping[str, Artifact],
     evaluations: Mapping[str, Artifact],
     out: Path,
+    access: HubAccess = FROM_ENVIRONMENT,
+    report: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write the table into `out` and the releases to the configured destination.
+    """Write the table into `out` and the releases, as one, to the configured destination.
 
-    Leaves in `out`: `results.json` (rows, releases, seconds by stage), `table.md` and
-    `releases.json` (location and revision of each release).
+    Leaves in `out`: `results.json` (rows, releases, seconds by stage), `table.md`, `releases.json`
+    (location and revision of each release) and, where something was published, `index.json` (the
+    release index).
+
+    report: is told bytes done and bytes to do.
     """
     table = table_of(evaluations)
-    cards = {
-        label: _release(config, label, release, evaluations[label], list(releases))
-        for label, release in releases.items()
-    }
-    published = {}
+    published: dict[str, Published] = {}
     if config.publish.enabled:
-        for label, release in cards.items():
-            scores = next(row.scores for row in table.rows if row.label == label)
-            documents = {
-                CARD: model_card(release, scores=scores, results_markdown=table.to_markdown()),
-                RELEASE_MANIFEST: release_manifest(release, scores=scores),
-                PICTURE: picture(release.lineage),
-            }
-            folder = releases[label].path / "model"
-            published[label] = _send(config, release.repository, folder, documents)
+        contents = contents_of(config, releases, evaluations)
+        index = _send(config, contents, out / "downloaded", access, report)
+        _write_json(out / "index.json", index.model_dump(mode="json"))
+        published = {
+            label: Published(_location(config, model.repository), model.commit)
+            for label, model in index.models.items()
+        }
     made = graph_of([*releases.values(), *evaluations.values()], ()).nodes
     results = {
         **table.to_dict(),
@@ -71,6 +103,44 @@ def publish_releases(
     _write_json(out / "results.json", results)
     _write_json(out / "releases.json", {name: vars(place) for name, place in published.items()})
     (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
+
+
+def contents_of(
+    config: GraceConfig, releases: Mapping[str, Artifact], evaluations: Mapping[str, Artifact]
+) -> list[ReleaseContent]:
+    """What is to stand at the destination: every release with its card and its lineage.
+
+    Raises GraceError where a release is not fit to publish.
+    """
+    table = table_of(evaluations)
+    contents = []
+    for label, artifact in releases.items():
+        release = _release(config, label, artifact, evaluations[label], list(releases))
+        scores = next(row.scores for row in table.rows if row.label == label)
+        documents = {
+            CARD: model_card(release, scores=scores, results_markdown=table.to_markdown()),
+            RELEASE_MANIFEST: release_manifest(release, scores=scores),
+            PICTURE: picture(release.lineage),
+        }
+        folder = artifact.path / "model"
+        contents.append(read_content(label, release.repository, folder, documents))
+    return contents
+
+
+def hub_target(config: GraceConfig, access: HubAccess) -> HubTarget:
+    """The Hub as the configuration names it, and this run directory as the writer."""
+    destination = config.publish.destination
+    assert isinstance(destination, HubDestination)
+    return HubTarget(
+        endpoint=destination.endpoint,
+        namespace=destination.namespace,
+        index_repository=index_repository(config),
+        private=destination.private,
+        owner=_owner(config.run_dir),
+        tag=destination.tag,
+        token=access.token,
+        take_over=access.take_over,
+    )
 
 
 def table_of(evaluations: Mapping[str, Artifact]) -> ResultsTable:
@@ -91,27 +161,51 @@ def table_of(evaluations: Mapping[str, Artifact]) -> ResultsTable:
 
 def destination_of(config: GraceConfig, label: str) -> str:
     """Where a release is to go, for people."""
-    name, destination = repository_name(config, label), config.publish.destination
+    location, destination = (
+        _location(config, repository_name(config, label)),
+        config.publish.destination,
+    )
     if isinstance(destination, HubDestination):
-        kind = "private" if destination.private else "public"
-        return f"{destination.endpoint}/{name} ({kind})"
-    return str((config.run_dir / destination.path / name).absolute())
+        return f"{location} ({'private' if destination.private else 'public'})"
+    return location
 
 
 def _send(
-    config: GraceConfig, repository: str, folder: Path, documents: Mapping[str, str]
-) -> Published:
+    config: GraceConfig,
+    contents: Sequence[ReleaseContent],
+    room: Path,
+    access: HubAccess,
+    report: Callable[[int, int], None],
+) -> ReleaseIndex:
+    destination = config.publish.destination
+    if not isinstance(destination, HubDestination):
+        return publish_to_directory(contents, config.run_dir / destination.path, report)
+    with sole_maker(config.run_dir / "artifacts" / "publishing"):  # one writer of one owner
+        return publish_to_hub(
+            contents,
+            hub_target(config, access),
+            lambda index: index_card(
+                index, repository=index_repository(config), licence=config.publish.licence
+            ),
+            room,
+            report,
+        )
+
+
+def _location(config: GraceConfig, repository: str) -> str:
     destination = config.publish.destination
     if isinstance(destination, HubDestination):
-        return publish_to_hub(
-            folder,
-            documents,
-            namespace=destination.namespace,
-            name=repository.split("/")[1],
-            private=destination.private,
-            endpoint=destination.endpoint,
-        )
-    return publish_to_directory(folder, documents, config.run_dir / destination.path / repository)
+        return f"{destination.endpoint.rstrip('/')}/{repository}"
+    return str((config.run_dir / destination.path / repository).absolute())
+
+
+def _owner(run_dir: Path) -> str:
+    """What stands for this run directory in a lease: random digits, kept in it."""
+    file = run_dir / "artifacts" / ".publisher"
+    if not file.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, uuid.uuid4().hex)
+    return file.read_text(encoding="utf-8")
 
 
 def _release(

@@ -12,8 +12,8 @@ from grace_core.artifacts import Artifact, ArtifactWriter, Parent, find_artifact
 from grace_core.config.model import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.publish.approval import Approval
-from grace_core.publish.release_set import publish_releases
-from grace_core.stages.once import StageContext, once, stage_folder
+from grace_core.publish.release_set import FROM_ENVIRONMENT, HubAccess, publish_releases
+from grace_core.stages.once import StageContext, once, progress, stage_folder
 
 
 def publish(
@@ -22,11 +22,13 @@ def publish(
     evaluations: Mapping[str, Artifact],
     context: StageContext,
     approval: Approval | None = None,
+    access: HubAccess = FROM_ENVIRONMENT,
 ) -> Artifact:
     """Stage `publish`: the results table, and the releases with their cards at the destination.
 
     Both mappings are by label. Where publishing is switched off, the table is all there is.
     approval: goes into the artifact's facts; it decides nothing about what is published.
+    access: how the Hub is reached; recorded nowhere.
 
     Raises GraceError when the configuration demands an approval and there is none.
     """
@@ -40,7 +42,12 @@ def publish(
             )
         if approval is not None:
             writer.facts["approval"] = approval.model_dump()
-        publish_releases(config, releases, evaluations, writer.path)
+
+        def report(done: int, total: int) -> None:
+            values = {"done": float(done), "total": float(total)}
+            context.on_event(progress("publish", 0, values))
+
+        publish_releases(config, releases, evaluations, writer.path, access, report)
 
     found = once(config, context, "publish", section, parents, make)
     if _lost(found):
@@ -64,7 +71,10 @@ def _inputs(
 ) -> tuple[dict[str, Any], dict[str, Parent]]:
     parents = {f"release-{label}": item.as_parent() for label, item in releases.items()}
     parents |= {f"evaluate-{label}": item.as_parent() for label, item in evaluations.items()}
-    return config.publish.model_dump(mode="json", exclude={"approval"}), parents
+    section = config.publish.model_dump(
+        mode="json", exclude={"approval": True, "destination": {"token_secret"}}
+    )
+    return section, parents
 
 
 def _lost(publication: Artifact) -> bool:
