@@ -18,6 +18,7 @@ from grace_core.config import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.events import Event, EventWriter
 from grace_core.publish.approval import Approval
+from grace_core.publish.release_set import FROM_ENVIRONMENT, HubAccess
 from grace_core.stages import StageContext
 
 STEPS = 3
@@ -122,6 +123,7 @@ class StandIns:
         evaluations: Mapping[str, Artifact],
         context: StageContext,
         approval: Approval | None = None,
+        access: HubAccess = FROM_ENVIRONMENT,
     ) -> Artifact:
         section, parents = publishing_inputs(config, releases, evaluations)
         rows = {label: {**e.manifest.metrics, "average": 75.0} for label, e in evaluations.items()}

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
-from huggingface_hub import ModelCard
+import yaml
+from huggingface_hub import ModelCard, parse_eval_result_entries
 
 from grace_core.errors import GraceError
-from grace_core.export.card import (
+from grace_core.export.card import eval_results_files, model_card, release_manifest
+from grace_core.export.card_facts import (
+    BenchmarkFacts,
+    Form,
     Precision,
     Quantization,
     Release,
+    Results,
     ZooEntry,
-    model_card,
-    release_manifest,
 )
 from grace_core.lineage.graph import Edge, Lineage, Node
 from grace_core.lineage.published import PublishedManifest
@@ -31,18 +35,25 @@ NAMES: dict[Precision, str] = {
 STUDENT, TEACHER = "Qwen/Qwen3-VL-2B-Instruct", "Qwen/Qwen3-VL-8B-Instruct"
 
 
-def release(precision: Precision, dataset: str = "Lin-Chen/ShareGPT4V") -> Release:
+def release(
+    precision: Precision, dataset: str = "Lin-Chen/ShareGPT4V", form: Form | None = None
+) -> Release:
     bits: dict[str, Literal[4, 8]] = {"w8": 8, "w4": 4}
     quantized = precision != "bf16"
     return Release(
         repository=NAMES[precision],
         precision=precision,
+        form=form or ("compressed-tensors" if quantized else "safetensors"),
         base_model=NAMES["bf16"] if quantized else STUDENT,
         backbone=STUDENT,
         teacher=TEACHER,
         dataset=dataset,
+        dataset_licence=None,
         licence="apache-2.0",
-        zoo=[ZooEntry(name, STUDENT, key, f"the {key} release") for key, name in NAMES.items()],
+        zoo=[
+            ZooEntry(name, STUDENT, key, None if key == "bf16" else 128, f"the {key} release")
+            for key, name in NAMES.items()
+        ],
         training={"Optimizer steps": 1000, "Learning rate": 1e-5, "ZeRO stage": "2 | 3"},
         files=["model.safetensors", "config.json"],
         lineage=lineage_of_release(f"release-{precision}"),
@@ -61,11 +72,18 @@ def lineage_of_release(stage: str) -> Lineage:
 
 
 def card_of(precision: Precision, dataset: str = "Lin-Chen/ShareGPT4V") -> str:
-    table = published_table()
-    return model_card(
-        release(precision, dataset),
+    return model_card(release(precision, dataset), results(precision))
+
+
+def results(precision: Precision) -> Results:
+    return Results(
         scores=dict(zip(BENCHMARKS, PUBLISHED[precision], strict=True)),
-        results_markdown=table.to_markdown(),
+        table=published_table().to_markdown(),
+        benchmarks={
+            "MMBench": BenchmarkFacts("MMBench", "lmms-lab/MMBench", "en"),
+            "AI2D": BenchmarkFacts("AI2 Diagrams", "lmms-lab/ai2d"),
+        },
+        date="2026-11-24T12:00:00+00:00",
     )
 
 
@@ -87,8 +105,10 @@ def test_the_hub_reads_base_model_licence_data_and_results(
     assert not (tags & {"compressed-tensors", "w4a16", "qat", "lsq"}) or quantized
     (index,) = data["model-index"]
     assert index["name"] == NAMES[precision].split("/")[1]
-    found = {each["dataset"]["name"]: each["metrics"][0]["value"] for each in index["results"]}
-    assert found == dict(zip(BENCHMARKS, PUBLISHED[precision], strict=True))
+    found = [each["metrics"][0]["value"] for each in index["results"]]
+    assert found == list(PUBLISHED[precision])
+    datasets = {each["dataset"]["name"]: each["dataset"]["type"] for each in index["results"]}
+    assert datasets["AI2 Diagrams"] == "lmms-lab/ai2d"
 
 
 def test_the_published_figures_stand_in_the_results() -> None:
@@ -107,6 +127,7 @@ def test_every_section_is_there() -> None:
         "Model details",
         "Results",
         "Model zoo",
+        "Intended use",
         "Training details",
         "Quantization details",
         "Files",
@@ -136,12 +157,17 @@ def test_the_loading_code_is_safe_and_complete() -> None:
 
 
 def test_data_that_is_not_for_commerce_is_pointed_out() -> None:
-    assert "CC BY-NC 4.0" in card_of("bf16")
-    assert "CC BY-NC" not in card_of("bf16", dataset="grace-pipeline/toy-world")
+    text = card_of("bf16")
+    assert "cc-by-nc-4.0" in text and "Non-commercial use" in text
+    assert "non-commercial" in ModelCard(text).data.to_dict()["tags"]
+    free = card_of("bf16", dataset="grace-pipeline/toy-world")
+    assert "cc-by-nc" not in free and "on-commercial" not in free
+    stated = replace(release("bf16", "someone/data"), dataset_licence="cc-by-nc-sa-4.0")
+    assert "cc-by-nc-sa-4.0" in model_card(stated, results("bf16"))
 
 
 def test_the_manifest_holds_the_lineage() -> None:
-    manifest = json.loads(release_manifest(release("w4"), scores={"A": 1.5, "B": None}))
+    manifest = json.loads(release_manifest(release("w4"), Results({"A": 1.5, "B": None}, "")))
     assert manifest["format"] == 2
     assert PublishedManifest.model_validate(manifest).lineage == lineage_of_release("release-w4")
     assert manifest["quantization"] == {"bits": 4, "group_size": 128, "layers": 196}
@@ -149,10 +175,10 @@ def test_the_manifest_holds_the_lineage() -> None:
 
 
 def test_scores_that_are_missing_are_left_out_of_the_metadata() -> None:
-    text = model_card(release("bf16"), scores={"A": None, "B": 50.0}, results_markdown="")
+    text = model_card(release("bf16"), Results({"A": None, "B": 50.0}, ""))
     (index,) = ModelCard(text).data.to_dict()["model-index"]
     assert [each["dataset"]["name"] for each in index["results"]] == ["B"]
-    bare = model_card(release("bf16"), scores={"A": None}, results_markdown="")
+    bare = model_card(release("bf16"), Results({"A": None}, ""))
     assert "model-index" not in ModelCard(bare).data.to_dict()
 
 
@@ -161,3 +187,48 @@ def test_precision_and_quantization_must_agree() -> None:
         replace(release("w4"), quantization=None)
     with pytest.raises(GraceError, match="has no quantization details"):
         replace(release("bf16"), quantization=Quantization(4, 128, 1))
+
+
+def test_the_newer_results_files_say_the_same_as_the_card() -> None:
+    files = eval_results_files(release("w4"), results("w4"))
+    assert set(files) == {".eval_results/MMBench.yaml", ".eval_results/AI2D.yaml"}
+    (entry,) = parse_eval_result_entries(yaml.safe_load(files[".eval_results/MMBench.yaml"]))
+    assert (entry.dataset_id, entry.task_id) == ("lmms-lab/MMBench", "en")
+    assert entry.value == PUBLISHED["w4"][BENCHMARKS.index("MMBench")]
+    assert entry.date == "2026-11-24T12:00:00+00:00"
+    assert not eval_results_files(release("w4"), Results({"MMBench": None}, ""))
+
+
+def test_awq_is_told_apart_from_the_other_form() -> None:
+    text = model_card(release("w4", form="awq"), results("w4"))
+    data = ModelCard(text).data.to_dict()
+    assert data["base_model_relation"] == "quantized"
+    assert {"awq", "w4a16"} <= set(data["tags"]) and "compressed-tensors" not in data["tags"]
+    assert "gptqmodel" in text and "zero points of 8" in text
+    assert "pack-quantized" not in text
+    for precision in ("bf16", "w4"):
+        assert "vllm serve " + NAMES[precision] in card_of(precision)  # type: ignore[index,arg-type]
+
+
+def test_everything_of_the_published_card_is_there(shared_data: Path) -> None:
+    """Its facts, in whatever words: names, figures, zoo, citation."""
+    seed = (shared_data.parent / "seed" / "model-card.txt").read_text(encoding="utf-8")
+    zoo = [
+        *release("bf16").zoo,
+        ZooEntry(f"{OWNER}/LLaVA-1.5-7B-GRACE-W4G128", "LLaVA-1.5-7B", "w4", 128, "the paper's"),
+    ]
+    text = model_card(replace(release("bf16"), zoo=zoo), results("bf16"))
+    facts = [
+        "Gated Relational Alignment via Confidence-based Distillation for Efficient VLMs",
+        *("Yanlong Chen", "Amirhossein Habibian", "Luca Benini", "Yawei Li", "ICML 2026"),
+        *("Qwen/Qwen3-VL-2B-Instruct", "ShareGPT4V", "BF16", "GRACE", "LLaVA-style"),
+        *("Qwen3-VL-2B-GRACE-BF16", "Qwen3-VL-2B-GRACE-W8G128", "Qwen3-VL-2B-GRACE-W4G128"),
+        *("LLaVA-1.5-7B-GRACE-W4G128", "int8", "int4", "128"),
+        *("AutoProcessor", "AutoModelForImageTextToText", "config.json", "research"),
+        *(f"{value:.1f}" for row in PUBLISHED.values() for value in row),
+        *("@article{chen2026gated,", "journal={arXiv preprint arXiv:2601.22709},"),
+        "author={Chen, Yanlong and Habibian, Amirhossein and Benini, Luca and Li, Yawei},",
+    ]
+    for fact in facts:
+        assert fact in seed, f"the published card does not say {fact}"
+        assert fact in text, fact

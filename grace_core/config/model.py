@@ -441,6 +441,18 @@ class HubDestination(Section):
     )
 
 
+class RelatedModel(Section):
+    """A model of another run, for the model zoo in the cards."""
+
+    repository: str = Field(min_length=1, description="`owner/name` on the Hub")
+    backbone: str
+    precision: Literal["bf16", "w8", "w4"]
+    group_size: PositiveInt | None = Field(
+        None, description="weights that share one scale, of a quantized model"
+    )
+    description: str = ""
+
+
 class Publish(Section):
     """What a release is called and where it goes."""
 
@@ -454,10 +466,22 @@ class Publish(Section):
         description="base name of the repositories without their owner, of letters, digits, dots, "
         "underscores and hyphens; `-BF16`, `-W8G128` and `-W4G128` are appended"
     )
-    licence: str = Field("apache-2.0", description="licence identifier of the Hub")
+    licence: str = Field(
+        "apache-2.0",
+        description="licence identifier of the Hub for the weights; the card adds what the data's "
+        "licence means",
+    )
     base_model: str = Field(description="Hub id of the student's base model, for the model card")
     teacher_model: str = Field(description="Hub id of the teacher, for the model card's text")
     dataset: str = Field(description="Hub id or name of the training data, for the model card")
+    dataset_licence: str | None = Field(
+        None,
+        description="licence identifier of the training data; the card says what one that forbids "
+        "commercial use means. null: known for ShareGPT4V, else not stated",
+    )
+    related: tuple[RelatedModel, ...] = Field(
+        (), description="models of other runs that the card's model zoo lists beside these"
+    )
     results_files: bool = Field(
         True,
         description="besides the card's metadata, write the scores of benchmarks that have a data "

@@ -64,7 +64,17 @@ def look_up(checkpoint: Checkpoint) -> tuple[Checkpoint, list[Finding]]:
 
 def missing_token(config: GraceConfig) -> Iterator[Finding]:
     """HF_TOKEN, where the configuration publishes to the Hub."""
-    if _destination(config) is not None and not os.environ.get("HF_TOKEN"):
+    destination = _destination(config)
+    if destination is None or os.environ.get("HF_TOKEN"):
+        return
+    if destination.token_secret is not None:
+        yield unchecked(
+            AREA,
+            "HF_TOKEN is not set; the deployments read the Secret block "
+            f"{destination.token_secret}",
+            "export HF_TOKEN to publish from the command line",
+        )
+    else:
         yield problem(
             AREA,
             "publish.destination: HF_TOKEN is not set",

@@ -7,29 +7,23 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 from grace_core.artifacts import Artifact
-from grace_core.config.model import BITS, GraceConfig, HubDestination, TrainingStage
+from grace_core.config.model import GraceConfig, HubDestination
 from grace_core.config.names import index_repository, repository_name
 from grace_core.evaluation.table import Label, ResultRow, ResultsTable, results_table
-from grace_core.export.card import (
-    Quantization,
-    Release,
-    ZooEntry,
-    model_card,
-    release_manifest,
-)
-from grace_core.lineage.collect import graph_of, lineage_of
-from grace_core.lineage.graph import Lineage
+from grace_core.export.card import eval_results_files, model_card, release_manifest
+from grace_core.export.release import MODEL_FOLDER, release_folders
+from grace_core.lineage.collect import graph_of
 from grace_core.lineage.picture import picture
-from grace_core.lineage.published import RELEASE_MANIFEST, published_form
+from grace_core.lineage.published import RELEASE_MANIFEST
 from grace_core.locks import sole_maker
 from grace_core.publish.content import CARD, PICTURE, ReleaseContent, read_content
 from grace_core.publish.directory import publish_to_directory
 from grace_core.publish.hub import HubTarget, publish_to_hub
 from grace_core.publish.index import ReleaseIndex
 from grace_core.publish.index_card import index_card
+from grace_core.publish.release_facts import release_facts, results_of
 from grace_core.whole_files import write_whole
 
 
@@ -90,10 +84,8 @@ def publish_releases(
     made = graph_of([*releases.values(), *evaluations.values()], ()).nodes
     results = {
         **table.to_dict(),
-        "releases": {
-            label: published[label].location if published else str(release.path / "model")
-            for label, release in releases.items()
-        },
+        "releases": {label: place.location for label, place in published.items()}
+        or {label: str(release.path / MODEL_FOLDER) for label, release in releases.items()},
         "seconds": {
             node.stage: node.seconds
             for node in sorted(made, key=lambda node: node.stage)
@@ -101,7 +93,9 @@ def publish_releases(
         },
     }
     _write_json(out / "results.json", results)
-    _write_json(out / "releases.json", {name: vars(place) for name, place in published.items()})
+    # Other forms of a release are in the index: here is one place for each artifact.
+    places = {label: vars(place) for label, place in published.items() if label in releases}
+    _write_json(out / "releases.json", places)
     (out / "table.md").write_text(table.to_markdown() + "\n", encoding="utf-8")
 
 
@@ -115,15 +109,18 @@ def contents_of(
     table = table_of(evaluations)
     contents = []
     for label, artifact in releases.items():
-        release = _release(config, label, artifact, evaluations[label], list(releases))
-        scores = next(row.scores for row in table.rows if row.label == label)
-        documents = {
-            CARD: model_card(release, scores=scores, results_markdown=table.to_markdown()),
-            RELEASE_MANIFEST: release_manifest(release, scores=scores),
-            PICTURE: picture(release.lineage),
-        }
-        folder = artifact.path / "model"
-        contents.append(read_content(label, release.repository, folder, documents))
+        results = results_of(label, table, evaluations[label])
+        for suffix, folder in release_folders(artifact.path).items():
+            release = release_facts(config, label, suffix, releases, evaluations[label])
+            documents = {
+                CARD: model_card(release, results),
+                RELEASE_MANIFEST: release_manifest(release, results),
+                PICTURE: picture(release.lineage),
+            }
+            if config.publish.results_files:
+                documents |= eval_results_files(release, results)
+            name = f"{label}{suffix.lower()}"
+            contents.append(read_content(name, release.repository, folder, documents))
     return contents
 
 
@@ -206,86 +203,6 @@ def _owner(run_dir: Path) -> str:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, uuid.uuid4().hex)
     return file.read_text(encoding="utf-8")
-
-
-def _release(
-    config: GraceConfig, label: str, release: Artifact, evaluation: Artifact, labels: list[str]
-) -> Release:
-    precision = _precision(label)
-    section: TrainingStage = config.distill if label == "bf16" else config.quantize
-    bf16 = repository_name(config, "bf16")
-    exactness = release.manifest.facts["exactness"]
-    return Release(
-        repository=repository_name(config, label),
-        precision=precision,
-        base_model=config.publish.base_model if label == "bf16" else bf16,
-        backbone=config.publish.base_model,
-        teacher=config.publish.teacher_model,
-        dataset=config.publish.dataset,
-        licence=config.publish.licence,
-        zoo=[_zoo_entry(config, name) for name in labels],
-        training=_settings(section),
-        files=sorted([*(file.name for file in (release.path / "model").iterdir()), PICTURE]),
-        lineage=_lineage(config, release, evaluation),
-        quantization=None
-        if precision == "bf16"
-        else Quantization(
-            bits=8 if BITS[precision] == 8 else 4,
-            group_size=config.quantize.group_size,
-            layers=exactness["layers"],
-        ),
-    )
-
-
-def _precision(label: str) -> Literal["bf16", "w8", "w4"]:
-    assert label in ("bf16", "w8", "w4"), label
-    return label  # type: ignore[return-value]  # narrowed by the assertion above
-
-
-def _zoo_entry(config: GraceConfig, label: str) -> ZooEntry:
-    group = config.quantize.group_size
-    descriptions = {
-        "bf16": "full-precision student; the W8 and W4 students start from it",
-        "w8": f"INT8 weights, group size {group}",
-        "w4": f"INT4 weights, group size {group}",
-    }
-    return ZooEntry(
-        repository=repository_name(config, label),
-        backbone=config.publish.base_model,
-        precision=_precision(label),
-        description=descriptions[label],
-    )
-
-
-def _settings(section: TrainingStage) -> dict[str, str | int | float]:
-    training, objective = section.training, section.objective
-    length = f"{training.steps} steps" if training.steps else f"{training.epochs:g} epochs"
-    settings: dict[str, str | int | float] = {
-        "Length": length,
-        "Rows a step": f"{training.rows_per_step} of up to {training.row_tokens} tokens",
-        "Learning rate": training.learning_rate,
-        "Distillation": objective.distillation.kind,
-        "Relational weight": objective.relational.omega if objective.relational.enabled else "off",
-        "Beta": f"{objective.controller.kind}, from {objective.controller.beta_init}",
-        "Parallelism": f"DeepSpeed ZeRO-{training.zero_stage}, bf16",
-    }
-    return settings
-
-
-def _lineage(config: GraceConfig, release: Artifact, evaluation: Artifact) -> Lineage:
-    """What goes out with a release of where it came from, named as the card names things."""
-    lineage = lineage_of([release], [release, evaluation])
-    names = {}
-    for edge in lineage.edges:
-        parent = lineage.node(edge.parent)
-        if parent.stage in ("checkpoint", "tokenizer"):
-            of_teacher = edge.role in ("teacher", "start")
-            names[parent.digest] = (
-                config.publish.teacher_model if of_teacher else config.publish.base_model
-            )
-        elif parent.stage == "annotations":
-            names[parent.digest] = config.publish.dataset
-    return published_form(lineage, names)
 
 
 def _write_json(file: Path, value: object) -> None:

@@ -1,0 +1,274 @@
+"""The text of a model card, section by section."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from grace_core.export.card_facts import (
+    ARXIV,
+    AUTHORS,
+    PAPER,
+    VENUE,
+    Quantization,
+    Release,
+    Results,
+    ZooEntry,
+)
+from grace_core.lineage.text import plain_tree
+
+CITATION = f"""@article{{chen2026gated,
+  title={{{PAPER}}},
+  author={{{" and ".join(", ".join(reversed(name.rsplit(" ", 1))) for name in AUTHORS)}}},
+  journal={{arXiv preprint arXiv:{ARXIV}}},
+  year={{2026}}
+}}"""
+
+_PRECISION = {
+    "bf16": "BF16 full precision, not quantized",
+    "w8": "weights INT8 (W8A16), everything else BF16",
+    "w4": "weights INT4 (W4A16), everything else BF16",
+}
+
+
+def body(release: Release, results: Results) -> str:
+    """Everything below the metadata."""
+    sections = [
+        _introduction(release),
+        _results(results),
+        _zoo(release),
+        _intended_use(release),
+        _training(release),
+        *([_quantization(release, release.quantization)] if release.quantization else []),
+        "## Files\n\n" + "\n".join(f"- `{name}`" for name in sorted(release.files)),
+        _loading(release),
+        _limitations(release),
+        _licence(release),
+        _lineage(release),
+        f"## Citation\n\n```bibtex\n{CITATION}\n```",
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _introduction(release: Release) -> str:
+    kind = (
+        "a full-precision vision-language model distilled"
+        if release.quantization is None
+        else f"an INT{release.quantization.bits} vision-language model, distilled and quantized "
+        "while training,"
+    )
+    rows = {
+        "Repository": release.repository,
+        "Base model": release.base_model,
+        "Backbone": release.backbone,
+        "Teacher": release.teacher,
+        "Training framework": f"GRACE ([arXiv {ARXIV}](https://arxiv.org/abs/{ARXIV}))",
+        "Precision": _PRECISION[release.precision],
+        "Training data": release.dataset,
+        "Evaluation protocol": "greedy answers to LLaVA-style prompts, scored by each benchmark's "
+        "own rule",
+    }
+    return (
+        f"# {release.name}\n\n"
+        f"This is {kind} with GRACE from {release.teacher} into {release.backbone}. The teacher's "
+        "answers weigh more where it is sure of them, and the student learns how the teacher "
+        f"relates the parts of a picture to each other. The method is that of *{PAPER}* by "
+        f"{', '.join(AUTHORS[:-1])} and {AUTHORS[-1]} ({VENUE}).\n\n"
+        f"## Model details\n\n{_two_columns(rows)}"
+    )
+
+
+def _results(results: Results) -> str:
+    parts = [
+        "## Results",
+        "Accuracy in percent on the released files, reloaded from disk. The "
+        "teacher is a reference, the baseline the student before training.",
+        results.table,
+    ]
+    return "\n\n".join([*parts, *([results.summary] if results.summary else [])])
+
+
+def _zoo(release: Release) -> str:
+    lines = ["| Model | Backbone | Bits | Group | Description |", "|---|---|---|---:|---|"]
+    lines += [_zoo_line(entry, release) for entry in release.zoo]
+    return "## Model zoo\n\n" + "\n".join(lines)
+
+
+def _zoo_line(entry: ZooEntry, release: Release) -> str:
+    name = entry.repository.split("/")[-1]
+    shown = (
+        f"[{name}](https://huggingface.co/{entry.repository})" if "/" in entry.repository else name
+    )
+    if entry.repository == release.repository:
+        shown = f"**{name}** (this one)"
+    group = entry.group_size or ""
+    return f"| {shown} | {entry.backbone} | {entry.bits} | {group} | {entry.description} |"
+
+
+def _intended_use(release: Release) -> str:
+    uses = [
+        "efficient vision-language models",
+        "knowledge distillation for vision-language models, and multimodal alignment",
+        "comparisons of teacher, student before and student after",
+    ]
+    if release.quantization is not None:
+        uses.append("inference with low-bit weights")
+    return "## Intended use\n\nResearch on\n\n" + "\n".join(f"- {use}" for use in uses)
+
+
+def _training(release: Release) -> str:
+    start = (
+        f"It started from `{release.base_model}` and was trained in BF16."
+        if release.quantization is None
+        else f"It started from the distilled BF16 model `{release.base_model}` and was trained on "
+        "with its weights quantized in every forward pass (QAT)."
+    )
+    return (
+        f"## Training details\n\n{start} The vision tower was frozen unless the settings say "
+        f"otherwise.\n\n{_two_columns(release.training, head=('Setting', 'Value'))}"
+    )
+
+
+def _quantization(release: Release, quantization: Quantization) -> str:
+    half = 2 ** (quantization.bits - 1)
+    stored = (
+        "Stored as compressed-tensors `pack-quantized`. The stored codes are the ones that were "
+        "trained, and the reloaded model's BF16 logits equal the trained model's."
+        if release.form == "compressed-tensors"
+        else f"Stored as AWQ GEMM: the codes that were trained, plus {half}, beside zero points of "
+        f"{half} and the trained scales, which FP16 holds exactly."
+    )
+    return (
+        "## Quantization details\n\n"
+        f"- Weights of {quantization.layers} linear layers of the language decoder (attention "
+        "query, key, value and output; MLP gate, up and down) are "
+        f"INT{quantization.bits}, symmetric, codes from {-half} to {half - 1}.\n"
+        f"- {quantization.group_size} consecutive input weights share one BF16 scale; a weight is "
+        "its code times the scale.\n"
+        "- The scales were learnt with the weights (LSQ), not measured afterwards.\n"
+        "- Embeddings, output head, norms, vision tower and its connector stay BF16.\n"
+        f"- {stored}"
+    )
+
+
+def _loading(release: Release) -> str:
+    needs = {
+        "safetensors": "transformers",
+        "compressed-tensors": "transformers compressed-tensors",
+        "awq": "transformers gptqmodel",
+    }[release.form]
+    return f"""## Loading
+
+### transformers
+
+`pip install {needs}` is enough; no code comes with the weights. Where torchvision is installed,
+`AutoProcessor` stands in for the tokenizer and the image processor below.
+
+```python
+import torch
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+
+source = "{release.repository}"
+model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16)
+tokenizer = AutoTokenizer.from_pretrained(source)
+image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
+```
+
+With `AutoProcessor`, an answer takes four lines more:
+
+```python
+from transformers import AutoProcessor
+
+processor = AutoProcessor.from_pretrained(source)
+content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
+inputs = processor.apply_chat_template([{{"role": "user", "content": content}}], tokenize=True,
+    add_generation_prompt=True, return_dict=True, return_tensors="pt")
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True))
+```
+
+### vLLM
+
+{_of_vllm(release)}
+
+```bash
+vllm serve {release.repository} --max-model-len 8192
+```
+
+```python
+from vllm import LLM, SamplingParams
+
+llm = LLM("{release.repository}", max_model_len=8192)
+picture = {{"type": "image_url", "image_url": {{"url": "https://example.com/picture.png"}}}}
+question = {{"type": "text", "text": "What is this?"}}
+messages = [{{"role": "user", "content": [picture, question]}}]
+print(llm.chat(messages, SamplingParams(temperature=0, max_tokens=64))[0].outputs[0].text)
+```"""
+
+
+def _of_vllm(release: Release) -> str:
+    if release.quantization is None:
+        return "It loads as any BF16 checkpoint of its backbone."
+    form = "`pack-quantized`" if release.form == "compressed-tensors" else "AWQ"
+    return f"vLLM reads {form} from `config.json`, without a setting, and keeps the weights packed."
+
+
+def _limitations(release: Release) -> str:
+    lines = [
+        "Released for research purposes.",
+        "Scores depend on prompts, answer parsing, preprocessing and generation settings; compare "
+        "only numbers made the same way.",
+        f"What {release.backbone} and {release.teacher} get wrong or are biased in, this model may "
+        "have learnt as well. It may describe things that are not in the picture.",
+    ]
+    if release.quantization is None:
+        lines.append("It is not made for low-bit inference; the W8 and W4 models of the zoo are.")
+    elif release.form == "compressed-tensors":
+        lines.append(
+            "Plain transformers unpacks the weights at the first forward pass: the files are "
+            "smaller, memory in use and speed are those of BF16. A serving engine with kernels "
+            "for group-quantized weights keeps them packed."
+        )
+    else:
+        lines.append("AWQ's kernels compute in FP16 or BF16 and need a GPU.")
+    return "## Limitations\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _licence(release: Release) -> str:
+    text = (
+        f"The weights are released under `{release.licence}`; the terms of "
+        f"`{release.backbone}` and `{release.teacher}` apply as well."
+    )
+    if release.non_commercial:
+        assert release.data_licence is not None
+        text += (
+            f"\n\n**Non-commercial use.** The data that this model was trained on, "
+            f"`{release.dataset}`, are licensed `{release.data_licence}`"
+        )
+        if "sharegpt4v" in release.dataset.lower():
+            text += (
+                ", and the annotations were written by GPT-4V, so the terms of OpenAI apply to "
+                "them too"
+            )
+        text += (
+            ". Use the model for non-commercial purposes only unless you have cleared this for "
+            "yourself."
+        )
+    return f"## Licence\n\n{text}"
+
+
+def _lineage(release: Release) -> str:
+    (model,) = release.lineage.models
+    tree = plain_tree(release.lineage, model, "whole in grace_manifest.json")
+    return (
+        "## Lineage\n\nEach thing stands above what it was made from, with the first digits of its "
+        "SHA-256. `grace_manifest.json` holds all of it for machines, with the whole "
+        "configuration, and `grace reproduce` takes it from there.\n\n"
+        f"```text\n{tree}```\n\n![What this model was made from](lineage.svg)"
+    )
+
+
+def _two_columns(rows: Mapping[str, str | int | float], head: tuple[str, str] = ("", "")) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "|---|---|"]
+    for name, value in rows.items():
+        shown = str(value).replace("|", "\\|")  # a bar would end the cell
+        lines.append(f"| {name} | {shown} |")
+    return "\n".join(lines)
