@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig
 
 from grace_core.errors import GraceError
@@ -32,9 +33,22 @@ def load_dense(release: Path, form: PackedForm, *, bits: int, group_size: int) -
     parts = {part for name in packed for part in form.parts(name)}
     state |= {name: files.read(name) for name in files.names if name not in parts}
 
-    config = AutoConfig.from_pretrained(release, trust_remote_code=False)
-    del config.quantization_config
-    model, info = type(skeleton(release)).from_pretrained(
+    return dense_model(release, state)
+
+
+def dense_model(folder: Path, state: dict[str, Tensor]) -> Any:
+    """The bf16 model that a folder's configuration describes, with the given tensors.
+
+    Args:
+        state: bf16 tensors by their names on disk.
+
+    Raises:
+        GraceError: tensors are missing, too many or of a wrong shape.
+    """
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    model, info = type(skeleton(folder)).from_pretrained(
         None, config=config, state_dict=state, dtype=torch.bfloat16, output_loading_info=True
     )
     problems = [
@@ -43,5 +57,5 @@ def load_dense(release: Path, form: PackedForm, *, bits: int, group_size: int) -
         for name in sorted(map(str, info[kind]))
     ]
     if problems:
-        raise GraceError(f"{release} does not load: " + "; ".join(problems))
+        raise GraceError(f"{folder} does not load: " + "; ".join(problems))
     return model

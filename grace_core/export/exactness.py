@@ -95,8 +95,8 @@ def check_release(
     counts = _Counts()
     _refuse(release, list(_differences(source, release, trained, form, counts)))
 
-    expected = _logits(_load_trained(source, trained, device), batches, device)
-    actual = _logits(_load_release(release, trained, form), batches, device)
+    expected = logits_of(_load_trained(source, trained, device), batches, device)
+    actual = logits_of(_load_release(release, trained, form), batches, device)
     _refuse(release, list(_logit_differences(expected, actual)))
     return ExactnessReport(
         layers=counts.layers,
@@ -250,7 +250,7 @@ def _is_compressed(module: torch.nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _logits(
+def logits_of(
     model: Any, batches: Sequence[Mapping[str, Tensor]], device: torch.device | str
 ) -> list[Tensor]:
     """Logits of each batch on the CPU. Always the top-level forward: it unpacks a release."""
