@@ -110,7 +110,7 @@ def make_config(root: Path, family: str) -> GraceConfig:
             "distill": {"training": training, "objective": objective},
             "quantize": {"variants": ["w4"], "training": training, "objective": objective},
             "launch": {"processes": 1, "device": "cpu"},
-            "evaluation": {"items": 6, "batch_size": 6, "max_new_tokens": 4},
+            "evaluation": {"items": 6, "max_new_tokens": 4},
             "publish": {
                 "name": f"Tiny-{family}",
                 "base_model": "tiny/base",

@@ -397,8 +397,17 @@ class Evaluation(Section):
         None, description="questions of each benchmark, from its first; null: all"
     )
     prompt: PromptStyle = Field("llava", description="style of the prompts: docs/benchmarks.md")
-    batch_size: PositiveInt = Field(32, description="questions answered at once")
-    max_new_tokens: PositiveInt = Field(8, description="tokens of an answer")
+    max_new_tokens: PositiveInt | None = Field(
+        None, description="tokens of an answer at most; null: as each benchmark declares"
+    )
+    batch_tokens: PositiveInt | None = Field(
+        None,
+        description="tokens answered at once, prompts and answers padded to the longest; null: by "
+        "the device and its free memory",
+    )
+    processes: PositiveInt | None = Field(
+        None, description="processes that share the questions; null: one for each GPU, or one"
+    )
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -3,31 +3,27 @@
 from __future__ import annotations
 
 import json
-from functools import partial
+import shutil
 from typing import Any
 
-import torch
-
-from grace_core.artifacts import Artifact, ArtifactWriter
+from grace_core.artifacts import Artifact, ArtifactWriter, fingerprint
 from grace_core.config.model import GraceConfig
 from grace_core.data.prepare import HELD_OUT
-from grace_core.errors import GraceError
 from grace_core.evaluation.benchmarks import find_benchmark
-from grace_core.evaluation.generate import generate_answers
 from grace_core.evaluation.held_out import held_out_loss
-from grace_core.evaluation.loading.prepared import read_items
 from grace_core.evaluation.score import score
-from grace_core.models.loading import (
-    CheckpointFolder,
-    load_model,
-    load_tokenizer,
-    locate_checkpoint,
-    read_checkpoint,
-)
+from grace_core.models.loading import CheckpointFolder, locate_checkpoint, read_checkpoint
 from grace_core.models.visual_inputs import VisualInputs
+from grace_core.stages.answering import Answering, AskingJob
 from grace_core.stages.benchmarks import prepare_benchmarks
 from grace_core.stages.data import prepare_data
-from grace_core.stages.once import StageContext, checkpoint_parent, once, progress
+from grace_core.stages.once import (
+    StageContext,
+    checkpoint_parent,
+    once,
+    progress,
+    stage_folder,
+)
 
 
 def evaluate(
@@ -56,63 +52,46 @@ def evaluate(
         "benchmarks": list(config.evaluation.names),
         "max_new_tokens": config.evaluation.max_new_tokens,
     }
+    artifact = stage_folder(config, stage, fingerprint(stage, section, parents))
+    job = AskingJob(
+        stage=stage,
+        config=config,
+        model=folder.path,
+        benchmarks=benchmarks.path,
+        work=config.run_dir / "work" / artifact.name,
+    )
 
     def make(writer: ArtifactWriter) -> None:
-        _evaluate(config, label, folder, benchmarks, data, writer, context)
+        _evaluate(job, label, folder, data, writer, context)
 
-    return once(config, context, stage, section, parents, make)
-
-
-def evaluation_device(config: GraceConfig) -> torch.device:
-    """Where this process computes: the configured device, or a GPU when there is one.
-
-    With a scheduler the configured device is that of its nodes, where training alone runs.
-    """
-    here = config.launch.backend.kind == "local"
-    if here and config.launch.device == "cuda" and not torch.cuda.is_available():
-        raise GraceError("launch.device is cuda, but torch sees no GPU; set it to cpu or auto")
-    if config.launch.device == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda")
+    made = once(config, context, stage, section, parents, make)
+    shutil.rmtree(job.work, ignore_errors=True)
+    return made
 
 
 def _evaluate(
-    config: GraceConfig,
+    job: AskingJob,
     label: str,
     folder: CheckpointFolder,
-    benchmarks: Artifact,
     data: Artifact | None,
     writer: ArtifactWriter,
     context: StageContext,
 ) -> None:
-    settings = config.evaluation
-    device = evaluation_device(config)
-    model = load_model(folder, device=device)
-    tokenizer = load_tokenizer(folder.path)
-    visual = VisualInputs(folder)
+    chosen = job.items()
     (writer.path / "predictions").mkdir()
-    results = {}
-    chosen = {name: read_items(benchmarks.path / name) for name in settings.names}
     held_out = 0 if data is None else int(data.manifest.metrics["held_out"])
     total = held_out + sum(len(items) for items in chosen.values())
-    before = 0  # questions of the benchmarks that are done
+    done: dict[str, int] = {}
 
-    def report(name: str, done: int, _of: int) -> None:
-        values = {name: float(done), "done": float(before + done), "total": float(total)}
-        context.on_event(progress(f"evaluate-{label}", before + done, values))
+    def report(name: str, count: int) -> None:
+        done[name] = count
+        values = {name: float(count), "done": float(sum(done.values())), "total": float(total)}
+        context.on_event(progress(job.stage, sum(done.values()), values))
 
-    for name, items in chosen.items():
-        predictions = generate_answers(
-            model,
-            tokenizer,
-            visual,
-            [item.question for item in items],
-            batch_size=settings.batch_size,
-            max_new_tokens=settings.max_new_tokens,
-            on_progress=partial(report, name),
-        )
-        before += len(items)
-        result = score(find_benchmark(name), [item.gold for item in items], predictions)
+    answering = Answering(job, folder, chosen, report)
+    results = {}
+    for name, predictions in answering.predictions().items():
+        result = score(find_benchmark(name), [item.gold for item in chosen[name]], predictions)
         results[name] = result.to_dict()
         if result.accuracy is not None:
             writer.metrics[name] = result.accuracy
@@ -122,17 +101,16 @@ def _evaluate(
             file.writelines(json.dumps(item.to_dict()) + "\n" for item in result.items)
     summary: dict[str, Any] = {"label": label, "benchmarks": results}
     if data is not None:
-        del model
-        packed = load_model(folder, device=device, attention="packed")
+        settings = job.config.data
         limited = VisualInputs(
-            folder, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
+            folder, min_pixels=settings.min_pixels, max_pixels=settings.max_pixels
         )
         loss = held_out_loss(
-            packed,
+            answering.model,
             folder.family,
             data.path / HELD_OUT,
             limited,
-            on_progress=partial(report, HELD_OUT),
+            on_progress=lambda count, _: report(HELD_OUT, count),
         )
         summary["held_out_loss"] = loss
         if loss is not None:

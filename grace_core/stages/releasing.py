@@ -15,7 +15,7 @@ from grace_core.export.release import AWQ_FOLDER, MODEL_FOLDER, export_bf16, exp
 from grace_core.models.loading import load_tokenizer, read_checkpoint
 from grace_core.models.visual_inputs import VisualInputs
 from grace_core.quantization.checkpoint import is_quantized
-from grace_core.stages.evaluation import evaluation_device
+from grace_core.stages.answering import evaluation_device
 from grace_core.stages.once import StageContext, once
 
 

@@ -64,6 +64,7 @@ class GenerationEngine:
         visual: VisualInputs,
         *,
         budgets: Mapping[str, int],
+        batch_tokens: int | None = None,
         threads: int = 1,
         graphs: bool = True,
     ) -> None:
@@ -72,6 +73,8 @@ class GenerationEngine:
             model: on its device, loaded with `attention="cached"`.
             tokenizer: with a chat template.
             budgets: tokens of a response at most, at least 1, by kind of question.
+            batch_tokens: of a batch at most, prompts and answers padded to the longest; None: what
+                the device can make use of, at most a share of its free memory.
             threads: that decode and process pictures meanwhile.
             graphs: whether decoding may use CUDA graphs, on a GPU.
         """
@@ -81,6 +84,7 @@ class GenerationEngine:
         self._visual = visual
         self._encoder = PromptEncoder(tokenizer, visual)
         self._budgets = budgets
+        self._batch_tokens = batch_tokens
         self._threads = threads
         self._graphs = graphs and model.device.type == "cuda"
         self._stop_ids = stop_ids(model, tokenizer)
@@ -91,15 +95,10 @@ class GenerationEngine:
         self._told = False
 
     def plan(self, questions: Sequence[Question], batch_tokens: int | None = None) -> BatchPlan:
-        """Which questions are answered together; see `batches`.
-
-        batch_tokens: of a batch at most; None: what the device can make use of, at most a share
-        of its free memory.
-        """
+        """Which questions are answered together; see `batches`."""
         self._prompts = {question.id: self._encoded(question) for question in questions}
         extents = [self._extent(question) for question in questions]
-        if batch_tokens is None:
-            batch_tokens = self._fitting(extents)
+        batch_tokens = batch_tokens or self._batch_tokens or self._fitting(extents)
         made = batches(extents, batch_tokens)
         return BatchPlan([[questions[i] for i in batch] for batch in made], batch_tokens)
 

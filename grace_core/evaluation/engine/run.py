@@ -25,6 +25,9 @@ from grace_core.evaluation.items import Prediction, Question
 
 _LOOK_SECONDS = 0.2
 
+ANSWERS = "answers"
+"""Folder of the journals."""
+
 PLAN_FILE = "plan.json"
 """Written by the first process of the first run; all others make the same batches."""
 
@@ -50,13 +53,20 @@ def ask_all(
         return []
     folder.mkdir(parents=True, exist_ok=True)
     ids = [question.id for question in questions]
-    with Journal(folder / "answers") as journal, Claims(folder / "batches.lock") as claims:
+    with Journal(folder / ANSWERS) as journal, Claims(folder / "batches.lock") as claims:
         if not journal.holds(ids):
             plan = _agreed_plan(engine, questions, folder / PLAN_FILE)
             _answer(engine, plan, journal, claims, on_progress, len(questions))
         if on_progress is not None:
             on_progress(len(questions), len(questions))
         return journal.in_order(ids)
+
+
+def recorded(questions: Sequence[Question], folder: Path) -> list[Prediction] | None:
+    """Predictions that the folder holds of these questions, in their order; None unless of all."""
+    ids = [question.id for question in questions]
+    journal = Journal(folder / ANSWERS)
+    return journal.in_order(ids) if journal.holds(ids) else None
 
 
 def _answer(
