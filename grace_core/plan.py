@@ -77,7 +77,7 @@ def _same_work(config: GraceConfig, artifact: Artifact) -> bool:
         source = config.data.source.model_dump(mode="json")
         return source.items() <= (recorded if stage == "world" else recorded["source"]).items()
     if stage.startswith("evaluate-"):
-        names = ("benchmarks", "items", "max_new_tokens")
+        names = ("benchmarks", "items", "max_new_tokens", "engine")
         wanted = config.evaluation.model_dump(mode="json")
         before = artifact.manifest.run_config.get("evaluation", {})
         return all(before.get(name) == wanted[name] for name in names)

@@ -400,6 +400,9 @@ class Evaluation(Section):
     max_new_tokens: PositiveInt | None = Field(
         None, description="tokens of an answer at most; null: as each benchmark declares"
     )
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="what generates answers; vllm must be installed, and has a GPU"
+    )
     batch_tokens: PositiveInt | None = Field(
         None,
         description="tokens answered at once, prompts and answers padded to the longest; null: by "

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,6 +20,7 @@ from grace_core.evaluation.engine.generation import GenerationEngine
 from grace_core.evaluation.engine.interface import Engine
 from grace_core.evaluation.engine.journal import Journal
 from grace_core.evaluation.engine.run import ANSWERS, ask_all, recorded
+from grace_core.evaluation.engine.vllm import VllmEngine, load_vllm
 from grace_core.evaluation.items import Item, Kind, Prediction
 from grace_core.evaluation.loading.prepared import read_items
 from grace_core.launch.backend import rank_environment
@@ -52,9 +54,7 @@ class AskingJob(BaseModel):
 
     def items(self) -> dict[str, list[Item]]:
         """The chosen items of every benchmark."""
-        return {
-            name: read_items(self.benchmarks / name) for name in self.config.evaluation.names
-        }
+        return {name: read_items(self.benchmarks / name) for name in self.config.evaluation.names}
 
     def folder(self, benchmark: str) -> Path:
         """Where answers to one benchmark are kept."""
@@ -71,7 +71,7 @@ def evaluation_device(config: GraceConfig) -> torch.device:
         raise GraceError("launch.device is cuda, but torch sees no GPU; set it to cpu or auto")
     if config.launch.device == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cuda")
 
 
 def processes(config: GraceConfig) -> int:
@@ -82,6 +82,14 @@ def processes(config: GraceConfig) -> int:
     return torch.cuda.device_count() if on_gpus else 1
 
 
+def budgets(config: GraceConfig, benchmark: str) -> Mapping[str, int]:
+    """Tokens of an answer at most, by kind of question: as configured, else as declared."""
+    limit = config.evaluation.max_new_tokens
+    if limit is not None:
+        return dict.fromkeys(get_args(Kind), limit)
+    return {str(kind): most for kind, most in find_benchmark(benchmark).max_new_tokens.items()}
+
+
 @dataclass
 class Answering:
     """Asks one model; it is loaded when it is first needed."""
@@ -90,20 +98,24 @@ class Answering:
     checkpoint: CheckpointFolder
     items: Mapping[str, list[Item]]
     report: Report
-    _model: Any = None
 
-    @property
+    @cached_property
     def model(self) -> Any:
         """On this process's device, for packed rows and for generation."""
-        if self._model is None:
-            device = evaluation_device(self.job.config)
-            self._model = load_model(self.checkpoint, device=device, attention="cached")
-        return self._model
+        device = evaluation_device(self.job.config)
+        return load_model(self.checkpoint, device=device, attention="cached")
+
+    @cached_property
+    def _vllm(self) -> Any:
+        every = [item.question for items in self.items.values() for item in items]
+        return load_vllm(self.checkpoint.path, max(len(one.pictures) for one in every))
 
     def predictions(self) -> dict[str, list[Prediction]]:
         """Of every benchmark, in the order of its items; what was answered before is not asked."""
         count = processes(self.job.config)
-        if count > 1 and not self._all_recorded():
+        # vLLM keeps a GPU's memory as long as its process lives.
+        apart = count > 1 or self.job.config.evaluation.engine == "vllm"
+        if apart and not self._all_recorded():
             self._run_processes(count)
         return {name: self.asked(name) for name in self.items}
 
@@ -119,23 +131,22 @@ class Answering:
         return found
 
     def _engine(self, benchmark: str) -> Engine:
-        cpus = len(os.sched_getaffinity(0)) // processes(self.job.config)
+        config = self.job.config
+        tokenizer = load_tokenizer(self.checkpoint.path)
+        limits = budgets(config, benchmark)
+        if config.evaluation.engine == "vllm":
+            return VllmEngine(self._vllm, tokenizer, budgets=limits)
+        cpus = len(os.sched_getaffinity(0)) // processes(config)
         on_gpu = self.model.device.type == "cuda"
         return GenerationEngine(
             self.model,
             self.checkpoint.family,
-            load_tokenizer(self.checkpoint.path),
+            tokenizer,
             VisualInputs(self.checkpoint),
-            budgets=self._budgets(benchmark),
-            batch_tokens=self.job.config.evaluation.batch_tokens,
+            budgets=limits,
+            batch_tokens=config.evaluation.batch_tokens,
             threads=max(1, min(_MOST_THREADS, cpus)) if on_gpu else 1,
         )
-
-    def _budgets(self, benchmark: str) -> Mapping[str, int]:
-        limit = self.job.config.evaluation.max_new_tokens
-        if limit is not None:
-            return dict.fromkeys(get_args(Kind), limit)
-        return {str(kind): most for kind, most in find_benchmark(benchmark).max_new_tokens.items()}
 
     def _all_recorded(self) -> bool:
         return all(
@@ -160,13 +171,22 @@ class Answering:
 
         run_crew(
             [sys.executable, "-m", "grace_core.stages.answering_worker", str(file)],
-            [{**shared, "LOCAL_RANK": str(rank)} for rank in range(count)],
+            [{**shared, **_own_gpu(job.config, rank)} for rank in range(count)],
             stage=job.stage,
             log_folder=job.work / "logs",
             grace_seconds=launch.grace_seconds,
             timeout_seconds=None if launch.timeout_hours is None else 3600 * launch.timeout_hours,
             on_poll=look,
         )
+
+
+def _own_gpu(config: GraceConfig, rank: int) -> dict[str, str]:
+    """Environment that shows a process one GPU of those that this one sees."""
+    if evaluation_device(config).type != "cuda":
+        return {}
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    seen = named.split(",") if named else [str(at) for at in range(torch.cuda.device_count())]
+    return {"CUDA_VISIBLE_DEVICES": seen[rank % len(seen)]}
 
 
 def answer_as_one_of_several(file: Path) -> None:

@@ -14,7 +14,7 @@ from grace_core.evaluation.held_out import held_out_loss
 from grace_core.evaluation.score import score
 from grace_core.models.loading import CheckpointFolder, locate_checkpoint, read_checkpoint
 from grace_core.models.visual_inputs import VisualInputs
-from grace_core.stages.answering import Answering, AskingJob
+from grace_core.stages.answering import Answering, AskingJob, budgets
 from grace_core.stages.benchmarks import prepare_benchmarks
 from grace_core.stages.data import prepare_data
 from grace_core.stages.once import (
@@ -50,7 +50,8 @@ def evaluate(
     # Which questions are asked, and how they are worded, is known by the benchmarks' content.
     section = {
         "benchmarks": list(config.evaluation.names),
-        "max_new_tokens": config.evaluation.max_new_tokens,
+        "budgets": {name: budgets(config, name) for name in config.evaluation.names},
+        "engine": config.evaluation.engine,
     }
     artifact = stage_folder(config, stage, fingerprint(stage, section, parents))
     job = AskingJob(

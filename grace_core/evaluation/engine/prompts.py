@@ -46,7 +46,7 @@ class PromptEncoder:
         Raises GraceError for a text that holds the picture's placeholder itself, and whatever a
         picture that cannot be read raises.
         """
-        ids = self._tokens(chat_text(question, self._tokenizer))
+        ids = chat_tokens(question, self._tokenizer)
         placeholder = self._visual.image_token_id
         places = [place for place, token in enumerate(ids) if token == placeholder]
         pictures = question.pictures
@@ -70,12 +70,6 @@ class PromptEncoder:
         """Rotary positions (3, L) or (1, L), int64; an answer goes on after the largest."""
         return self._visual.positions(len(prompt), prompt.starts, prompt.grids)
 
-    def _tokens(self, text: str) -> list[int]:
-        bos = self._tokenizer.bos_token
-        begins_itself = bos is not None and text.startswith(bos)
-        ids: list[int] = self._tokenizer(text, add_special_tokens=not begins_itself)["input_ids"]
-        return ids
-
     def _grid(self, picture: Picture) -> Grid:
         if picture.key not in self._grids:
             self._grids[picture.key] = self._visual.grid(picture.open())
@@ -92,6 +86,14 @@ def chat_text(question: Question, tokenizer: Any) -> str:
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     return text
+
+
+def chat_tokens(question: Question, tokenizer: Any) -> list[int]:
+    """Token ids of `chat_text`."""
+    text = chat_text(question, tokenizer)
+    begins_itself = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
+    ids: list[int] = tokenizer(text, add_special_tokens=not begins_itself)["input_ids"]
+    return ids
 
 
 def distinct(pictures: Iterable[Picture]) -> list[Picture]:
