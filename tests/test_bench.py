@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from grace_core.bench import run
 from grace_core.bench.cases import Case, Goal, Prepared, cases
+from grace_core.bench.decode import DecodeLine, DecodeTable
 from grace_core.bench.floors import Ceilings
 from grace_core.bench.measure import Measured, Meter, Runner
 from grace_core.bench.random_models import save_random_checkpoint, tokenizer_of
@@ -232,3 +233,44 @@ def test_the_whole_bench_on_a_cpu(tmp_path: Path) -> None:
         assert row["loss_gap"] is None or row["loss_gap"] < 2e-3, row
     assert found["lines"][-1]["tokens_per_second"] > 0
     assert (tmp_path / "bench.md").read_text().count("\n| ") == 1 + 1 + 8
+
+
+def test_decoding_is_measured(tmp_path: Path) -> None:
+    """Every row of toy shapes on a CPU, and the table as JSON and Markdown."""
+    arguments = ["--shapes", "toy", "--device", "cpu", "--batches", "1,2"]
+    result = CliRunner().invoke(app, ["bench", "decode", *arguments, "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    table = json.loads((tmp_path / "decode.json").read_text())
+    found = [(line["weights"], line["what"], line["batch"]) for line in table["lines"]]
+    rows = [("decode", 1), ("decode", 2), ("prefill", 1), ("prefill of the decoder", 1)]
+    assert found == [(weights, *row) for weights in ("bf16", "w8", "w4") for row in rows]
+    for line in table["lines"]:
+        assert line["eager"] > 0 and line["graph"] is None and line["failures"] == []
+        assert line["tokens_per_second"] == pytest.approx(1e3 * line["tokens"] / line["eager"])
+    sizes = {line["weights"]: line["weights_gib"] for line in table["lines"]}
+    assert sizes["w4"] < sizes["w8"] < sizes["bf16"]
+    text = (tmp_path / "decode.md").read_text()
+    assert "| w4 | decode | 2 |" in text and "w4, decode, batch 1, against bf16: eager" in text
+
+
+def test_decoding_is_asked_for_by_known_names(tmp_path: Path) -> None:
+    for arguments, said in ((["--weights", "w3"], "w3"), (["--batches", "1,x"], "'x'")):
+        with pytest.raises(GraceError, match=said):
+            CliRunner().invoke(
+                app,
+                ["bench", "decode", "--device", "cpu", *arguments],
+                catch_exceptions=False,
+            )
+
+
+def test_the_table_of_decoding_shows_failures_and_ratios() -> None:
+    lines = [
+        DecodeLine("bf16", "decode", 1, eager=4.0, graph=2.0, floor=1.0, tokens=1, weights_gib=4.0),
+        DecodeLine("w4", "decode", 1, eager=4.0, graph=1.0, floor=0.5, tokens=1, weights_gib=2.0),
+        DecodeLine("w4", "decode", 2, failures=("OutOfMemoryError: all of it",)),
+    ]
+    table = DecodeTable("a model", "a device", {"torch": "2"}, 4e12, lines)
+    assert table.failed and lines[1].of_floor == 2.0 and lines[1].tokens_per_second == 1e3
+    text = table.to_markdown()
+    assert "against bf16: eager 1.00 x, CUDA graph 2.00 x, weights 50.0 %" in text
+    assert "w4, decode, batch 2 failed: OutOfMemoryError: all of it" in text

@@ -104,6 +104,7 @@ GROUPED = (
     "toy pretrain",
     "bench",
     "bench checkpoint",
+    "bench decode",
     "bench memory",
     "bench pipeline",
 )

@@ -18,11 +18,15 @@ from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrain
 
 from grace_core.bench.shapes import REAL_TOKENS, Shapes
 from grace_core.errors import GraceError
-from grace_core.models.families import Family, set_trainable
+from grace_core.inference.loading import make_buffers
+from grace_core.inference.packed_store import PackedStore
+from grace_core.models.families import Family, family_of, set_trainable
+from grace_core.quantization.convert import quantizable_linears
 from grace_core.toy.checkpoints import Role, image_processor_settings
 from grace_core.toy.tokenizer import CHAT_TEMPLATE, END_OF_TEXT, IM_END, shared_tokenizer
 
 SHARD_SIZE = "5GB"
+STANDARD_DEVIATION = 0.02
 
 
 def random_model(
@@ -39,6 +43,41 @@ def random_model(
             shapes.config(role), dtype=dtype, attn_implementation="sdpa"
         )
     return model.eval()
+
+
+def random_packed_model(
+    shapes: Shapes, role: Role, device: torch.device, *, bits: int, group_size: int
+) -> Any:
+    """The role's model with random codes in its quantized layers, which never exist unpacked.
+
+    Everything else is drawn as in :func:`random_model`; scales are such that weights have about the
+    same spread.
+    """
+    model = random_model(shapes, role, torch.device("meta"))
+    make_buffers(model, device)
+    linears = quantizable_linears(model, family_of(model.config.model_type).decoder)
+    store = PackedStore(linears, device, bits=bits, group_size=group_size)
+    for name, linear in linears.items():
+        size, width = (linear.out_features, linear.in_features), linear.in_features * bits // 32
+        words = torch.randint(-(2**31), 2**31, (size[0], width), dtype=torch.int64, device=device)
+        scales = torch.full(
+            (size[0], size[1] // group_size),
+            STANDARD_DEVIATION * 12**0.5 / 2**bits,  # of a uniform distribution
+            dtype=torch.bfloat16,
+            device=device,
+        )
+        model.set_submodule(name, store.layer(name, words.to(torch.int32), scales))
+    for module in model.modules():
+        for name, weight in module._parameters.items():
+            if weight is not None and weight.is_meta:
+                drawn = torch.empty(weight.shape, dtype=weight.dtype, device=device)
+                if weight.ndim > 1:
+                    drawn.normal_(std=STANDARD_DEVIATION)
+                else:
+                    drawn.fill_(float(name == "weight"))
+                module._parameters[name] = nn.Parameter(drawn, requires_grad=False)
+    model.tie_weights()
+    return model
 
 
 def twin(model: Any, shapes: Shapes, role: Role) -> Any:

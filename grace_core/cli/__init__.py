@@ -2,9 +2,20 @@
 
 from grace_core.cli.app import main
 from grace_core.cli.bench import bench
+from grace_core.cli.bench_decode import decode
 from grace_core.cli.benchmarks import benchmark
 from grace_core.cli.checkpoints import import_, pack
 from grace_core.cli.kubernetes import kubernetes
 from grace_core.cli.scoring import extract, score
 
-__all__ = ["bench", "benchmark", "extract", "import_", "kubernetes", "main", "pack", "score"]
+__all__ = [
+    "bench",
+    "benchmark",
+    "decode",
+    "extract",
+    "import_",
+    "kubernetes",
+    "main",
+    "pack",
+    "score",
+]

@@ -49,11 +49,11 @@ def use_fused_forward(model: Any, family: Family, kernels: Kernels) -> None:
             _replace(module, _rms_norm(kernels))
     layer: Any
     for layer in decoder_layers(model, family):
-        if _is_gated_mlp(layer.mlp):
+        if is_gated_mlp(layer.mlp):
             _replace(layer.mlp, _gated_mlp(kernels))
         else:
             kept.add(type(layer.mlp).__name__)
-        if _is_decoder_attention(layer.self_attn):
+        if is_decoder_attention(layer.self_attn):
             _replace(layer.self_attn, _decoder_attention(kernels))
             widths.add(layer.self_attn.head_dim)
         else:
@@ -99,7 +99,7 @@ def _rms_norm(kernels: Kernels) -> Callable[..., Tensor]:
     return forward
 
 
-def _is_gated_mlp(module: nn.Module) -> bool:
+def is_gated_mlp(module: nn.Module) -> bool:
     parts = ("gate_proj", "up_proj", "down_proj")
     return all(hasattr(module, part) for part in parts) and isinstance(
         getattr(module, "act_fn", None), _SILU
@@ -114,7 +114,7 @@ def _gated_mlp(kernels: Kernels) -> Callable[..., Tensor]:
     return forward
 
 
-def _is_decoder_attention(module: nn.Module) -> bool:
+def is_decoder_attention(module: nn.Module) -> bool:
     parts = ("q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling", "layer_idx")
     return (
         all(hasattr(module, part) for part in parts)

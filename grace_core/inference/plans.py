@@ -1,0 +1,57 @@
+"""Which kernel multiplies how many rows with a packed weight on a GPU, and how it is cut.
+
+Fixed tables rather than tuning at run time: the same inputs give the same bits in every process.
+The entries come from `grace bench decode --products` on one H200; docs/inference.md has the times.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from grace_core.inference.packed_kernels import MOST_FEW_ROWS, Plan
+
+Way = Literal["few_rows", "tiles"]
+
+MOST_ROWS = 128
+"""With more rows W is multiplied out once and given to a dense product."""
+
+_PROGRAMS = 264
+"""Programs wanted at least: two for each of an H200's 132 processors."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    way: Way
+    plan: Plan
+
+
+def choose(rows: int, outputs: int, inputs: int, bits: int) -> Choice:
+    """For at most `MOST_ROWS` rows."""
+    if rows <= few_rows_limit(bits):
+        return Choice("few_rows", few_rows_plan(outputs, inputs, bits))
+    return Choice("tiles", tiles_plan(rows, outputs, inputs))
+
+
+def few_rows_limit(bits: int) -> int:
+    """Rows up to which `few_rows` is the faster one."""
+    return MOST_FEW_ROWS if bits == 8 else 2
+
+
+def few_rows_plan(outputs: int, inputs: int, bits: int) -> Plan:
+    """128 words a warp: four a thread, which is what a thread reads at once."""
+    words = inputs * bits // 32
+    warps = 4 if words % 512 == 0 or words > 1024 else 2
+    return Plan(block_n=4 if outputs < 8192 else 8, slabs=warps * 32 // bits, warps=warps)
+
+
+def tiles_plan(rows: int, outputs: int, inputs: int) -> Plan:
+    """Parts of the inputs side by side until there are programs enough."""
+    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    block_n = 64
+    tiles = -(-outputs // block_n) * -(-rows // block_m)
+    most = max(1, inputs // 512)
+    parts = 1
+    while parts * 2 <= most and tiles * parts < _PROGRAMS:
+        parts *= 2
+    return Plan(block_n=block_n, block_m=block_m, parts=parts, warps=4, stages=3)
