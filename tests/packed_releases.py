@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForImageTextToText
 
-from grace_core.export.compressed import export_compressed
+from grace_core.export.compressed import COMPRESSED
+from grace_core.export.release import export_packed
 from grace_core.quantization.checkpoint import save_scales
 from grace_core.quantization.convert import convert
 from tests.tiny_models import DECODER, FAMILIES, save_tiny
@@ -20,7 +21,7 @@ def packed_release(folder: Path, family: str, bits: int, *, group_size: int = 12
     latent = AutoModelForImageTextToText.from_pretrained(source)
     bank = convert(latent, decoder_prefix=DECODER, bits=bits, group_size=group_size)
     save_scales(source, bank, bits=bits, group_size=group_size)
-    export_compressed(source, folder / "release")
+    export_packed(source, folder / "release", COMPRESSED)
     return folder / "release"
 
 
