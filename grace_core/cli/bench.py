@@ -272,6 +272,50 @@ def evaluation(
     console.print(found.to_rich())
 
 
+@bench.command(
+    epilog="Examples:\n\n"
+    "grace bench convert                  the 2B shapes, 5 minutes and 8 GB of disk\n\n"
+    "grace bench convert --shapes toy     seconds",
+)
+def convert(
+    shapes: ShapesOption = "real",
+    repeats: Annotated[int, typer.Option(min=1, help="Repeats of a conversion.")] = 3,
+    folder: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where to write the models, on the disk that is to be measured; without, the "
+            "folder for temporary files.",
+            show_default=False,
+        ),
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for convert.json and convert.md.")] = Path(
+        "runs/bench"
+    ),
+) -> None:
+    """Measure how long packing a student takes, from disk to disk, and its memory.
+
+    W4, W8 and W4 as AWQ, on this machine's CPU; packing alone beside a loop over
+    columns, as in the published code.
+    """
+    from grace_core.artifacts import environment
+    from grace_core.bench.conversion import (
+        ConversionTable,
+        measure_conversions,
+        measure_packing,
+    )
+    from grace_core.bench.shapes import SHAPES
+
+    cores = len(os.sched_getaffinity(0))
+    found = ConversionTable(environment(), cores, [], [])
+    with tempfile.TemporaryDirectory(prefix="grace-bench-", dir=folder) as place:
+        found.packings = measure_packing(SHAPES[shapes], repeats=repeats)
+        for one in measure_conversions(SHAPES[shapes], Path(place), repeats=repeats):
+            found.conversions.append(one)
+            _write(output, "convert.json", found.to_json())
+            _write(output, "convert.md", found.to_markdown())
+    console.print(found.to_rich())
+
+
 def _write_missing_checkpoints(config: GraceConfig) -> int:
     """Returns the bytes written."""
     from grace_core.bench.device import bench_device
