@@ -135,6 +135,9 @@ class Benchmark:
     rows: int | None = None
     """Items of the declared source; None where they are generated."""
 
+    other_rows: tuple[int, ...] = ()
+    """Items of further splits and copies; any other number is a part, and said to be one."""
+
     licence: str = ""
     """Of the data, as their authors name it."""
 

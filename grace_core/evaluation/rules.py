@@ -40,7 +40,7 @@ def read_open_answer(gold: Gold, response: str) -> Reading:
 POLICY = Rule(
     "policy",
     "letters: the last container such as <answer>, else the last declaration, else labels that "
-    'agree (lmms-eval mcq_extract @00a12d40); yes/no: exactly one of the words "yes" and "no" '
+    'agree (after lmms-eval mcq_extract @00a12d40); yes/no: exactly one of "yes" and "no" '
     "(VLMEvalKit YOrN_Extraction @e8e78f05); own words: MMMU's open answers @bb0b95a9; what cannot "
     "be read is wrong",
     read_by_kind,

@@ -103,11 +103,24 @@ class BenchmarkScore:
         return None if self.headline is None else self.headline[1].percent
 
     @property
+    def part_of(self) -> tuple[int, ...]:
+        """Sizes of the whole benchmark where these items are another number; () where they are it.
+
+        A score of a part is no score of the benchmark, however complete.
+        """
+        if self.benchmark.rows is None:
+            return ()
+        sizes = (self.benchmark.rows, *self.benchmark.other_rows)
+        return () if self.total in sizes else sizes
+
+    @property
     def coverage(self) -> str:
         """For reports: "600 of 600 answered, 2 unreadable"."""
         parts = [f"{self.answered} of {self.total} answered"]
         counts = {"unreadable": self.parse_failures, "errors": self.errors, "missing": self.missing}
         parts += [f"{count} {what}" for what, count in counts.items() if count]
+        if self.part_of:
+            parts.append(f"the benchmark has {' or '.join(map(str, self.part_of))}")
         return ", ".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,6 +143,7 @@ class BenchmarkScore:
             "errors": self.errors,
             "missing": self.missing,
             "parse_failures": self.parse_failures,
+            "part_of": list(self.part_of),
             "headline": headlines[0] if headlines else None,
             "further_headlines": headlines[1:],
             "headline_refused": self.headline_refused,

@@ -97,5 +97,6 @@ MMBENCH = Benchmark(
     headline=("official.circular",),
     max_new_tokens={"mcq": 128},
     rows=4329,
+    other_rows=(4377, 6666, 2040),  # dev of 2023-07-12, test, cc test
     licence="Apache-2.0",
 )

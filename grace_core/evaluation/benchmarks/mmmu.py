@@ -134,5 +134,6 @@ MMMU = Benchmark(
     headline=("official.fallback_wrong.overall",),
     max_new_tokens={"mcq": 128, "open": 128},
     rows=900,
+    other_rows=(150, 10500),  # dev, test
     licence="Apache-2.0",
 )

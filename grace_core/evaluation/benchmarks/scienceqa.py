@@ -60,5 +60,6 @@ SCIENCEQA = Benchmark(
     headline=("official.full", "official.IMG"),
     max_new_tokens={"mcq": 16},
     rows=4241,
+    other_rows=(2017, 2097),  # test and val of the IMG configuration
     licence="CC BY-NC-SA 4.0",
 )
