@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from grace_core.data.pictures import open_picture, read_picture, resolve_picture
+from grace_core.data.pictures import open_picture, picture_size, read_picture, resolve_picture
 from grace_core.data.sharegpt4v import Reason, UnusableRecord
 
 LIMIT = 1_000_000
@@ -254,3 +254,22 @@ def test_real_photos_decode(shared_data: Path) -> None:
             else:
                 assert picture.mode == "RGB"
     assert refused == [("multipage_rgb.tif", Reason.PICTURE_UNREADABLE)]
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_size_is_that_of_the_decoded_picture(form: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stream = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(stream, form, exif=exif)
+    size = picture_size(stream.getvalue(), 1000)
+    assert size == open_picture(stream.getvalue(), 1000).size
+    assert (size == (20, 30)) == (orientation >= 5)
+
+
+def test_a_picture_with_too_many_pixels_has_no_size() -> None:
+    stream = io.BytesIO()
+    Image.new("RGB", (30, 20)).save(stream, "PNG")
+    with pytest.raises(UnusableRecord, match="30x20 is more than 599 pixels"):
+        picture_size(stream.getvalue(), 599)

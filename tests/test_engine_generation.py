@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from grace_core.evaluation.engine import decoding
+from grace_core.evaluation.engine.decoding import EagerSteps, State
+from grace_core.evaluation.engine.graphs import FixedStep, GraphSteps
 from grace_core.evaluation.items import Picture, Question
 from grace_core.models.families import Family
 from grace_core.models.fused_forward import use_fused_forward
@@ -72,6 +74,34 @@ def test_answers_do_not_depend_on_who_leaves_the_batch(
     assert kept == sorted(kept, reverse=True)
     assert len(set(kept)) > 1
     assert len({one.tokens for one in alone}) > 3
+
+
+def test_steps_of_fixed_shapes_give_the_same_answers(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a CUDA graph: rows and columns are padded, several steps lie between two looks."""
+    asked = questions(13)
+    budgets = dict.fromkeys(BUDGETS, 14)
+    monkeypatch.setattr(loaded.model.generation_config, "eos_token_id", list(range(7, 40)))
+    expected = loaded.answers(asked, budgets=budgets)
+    shapes: set[tuple[int, int]] = set()
+
+    class Fixed(EagerSteps):
+        stride = GraphSteps.stride
+        rows = staticmethod(GraphSteps.rows)
+        columns = staticmethod(GraphSteps.columns)
+
+        def run(self, state: State, count: int) -> torch.Tensor:
+            shapes.add((self._cache.rows, self._cache.columns))
+            step = FixedStep(self._decoder, self._cache)
+            step.compute()  # as before a capture
+            return step.run(state, count)
+
+    monkeypatch.setattr("grace_core.evaluation.engine.generation.EagerSteps", Fixed)
+    found = loaded.answers(asked, 100_000, budgets=budgets)
+    assert found == expected
+    assert {rows for rows, _ in shapes} >= {16, 8}
+    assert all(columns % 64 == 0 for _, columns in shapes)
 
 
 def test_fused_forward_passes_give_the_same_answers(loaded: Loaded, tmp_path: Path) -> None:

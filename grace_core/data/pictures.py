@@ -9,10 +9,12 @@ from __future__ import annotations
 import io
 import re
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from grace_core.data.sharegpt4v import Reason, UnusableRecord
 
@@ -26,6 +28,9 @@ so that one data set serves all of them."""
 
 _BYTES_PER_PIXEL = 8
 """An uncompressed 16-bit RGBA pixel: a file larger than the pixel limit allows is not even read."""
+
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations that swap width and height."""
 
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -103,6 +108,27 @@ def open_picture(source: bytes | Path, max_decoded_pixels: int) -> Image.Image:
         UnusableRecord: PICTURE_UNREADABLE (empty, truncated, unknown format, grey values without
             a defined range), PICTURE_TOO_LARGE or ASPECT_RATIO.
     """
+    with _opened(source, max_decoded_pixels) as image:
+        image.load()
+        return _flatten(ImageOps.exif_transpose(image))
+
+
+def picture_size(source: bytes | Path, max_decoded_pixels: int) -> tuple[int, int]:
+    """Width and height of what `open_picture` returns, from the header where that tells.
+
+    Raises as `open_picture` does, except for damage that only decoding finds.
+    """
+    with _opened(source, max_decoded_pixels) as image:
+        width, height = image.size
+        if image.format == "TIFF":  # whose reader gives the upright size
+            return width, height
+        turned = image.getexif().get(ExifTags.Base.Orientation) in _TURNED
+        return (height, width) if turned else (width, height)
+
+
+@contextmanager
+def _opened(source: bytes | Path, max_decoded_pixels: int) -> Iterator[Image.Image]:
+    """A picture whose header is fit; whatever is found unfit in the block is `UnusableRecord`."""
     try:
         data = source if isinstance(source, bytes) else source.read_bytes()
         with warnings.catch_warnings():
@@ -111,8 +137,7 @@ def open_picture(source: bytes | Path, max_decoded_pixels: int) -> Image.Image:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
         with image:
             _check_size(image.width, image.height, max_decoded_pixels)
-            image.load()
-            return _flatten(ImageOps.exif_transpose(image))
+            yield image
     except UnusableRecord:
         raise
     except _TOO_LARGE:

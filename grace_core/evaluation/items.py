@@ -76,8 +76,19 @@ class Picture:
         """
         from grace_core.data.pictures import open_picture
 
-        source = self.source.read() if isinstance(self.source, FileSlice) else self.source
-        return open_picture(source, MAX_DECODED_PIXELS)
+        return open_picture(self._readable(), MAX_DECODED_PIXELS)
+
+    def size(self) -> tuple[int, int]:
+        """Width and height of the upright picture, without decoding it where its header tells.
+
+        Raises as `open` does, except for damage that only decoding finds.
+        """
+        from grace_core.data.pictures import picture_size
+
+        return picture_size(self._readable(), MAX_DECODED_PIXELS)
+
+    def _readable(self) -> bytes | Path:
+        return self.source.read() if isinstance(self.source, FileSlice) else self.source
 
 
 @dataclass(frozen=True)

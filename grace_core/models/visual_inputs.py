@@ -50,7 +50,11 @@ class VisualInputs:
         return self.family.positions == "multimodal"
 
     def grid(self, image: Image.Image) -> Grid:
-        """Patches of one picture: (1, rows, columns).
+        """Patches of one picture; see `grid_of_size`."""
+        return self.grid_of_size(image.width, image.height)
+
+    def grid_of_size(self, width: int, height: int) -> Grid:
+        """Patches of a picture of so many pixels: (1, rows, columns).
 
         Raises ValueError (from the family's rule) for a picture too elongated to be resized.
         """
@@ -59,8 +63,8 @@ class VisualInputs:
             return (1, side, side)
         patch = self.processor.patch_size
         height, width = smart_resize(
-            image.height,
-            image.width,
+            height,
+            width,
             factor=patch * self.processor.merge_size,
             min_pixels=self.processor.size["shortest_edge"],
             max_pixels=self.processor.size["longest_edge"],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,9 @@ log = logging.getLogger(__name__)
 _TOKENS = {"cuda": 65_536, "cpu": 4096}
 """Tokens of a batch at most, answers included: more makes no device faster."""
 
-_SHARE = 0.5
-"""Of the free memory, for the cache; the rest is for what a pass over the prompts leaves about."""
+_SHARE = 0.3
+"""Of the free memory, for the cache before its rows and columns are rounded up; the rest is for
+that, and for what a pass over the prompts leaves about."""
 
 _FEATURES = {"cuda": 4 << 30, "cpu": 1 << 30}
 """Bytes of picture features that are kept."""
@@ -86,7 +88,11 @@ class GenerationEngine:
         self._budgets = budgets
         self._batch_tokens = batch_tokens
         self._threads = threads
-        self._graphs = graphs and model.device.type == "cuda"
+        on_gpu = model.device.type == "cuda"
+        self._steps_type: type[EagerSteps | GraphSteps] = (
+            GraphSteps if graphs and on_gpu else EagerSteps
+        )
+        self._planned = 0
         self._stop_ids = stop_ids(model, tokenizer)
         self._features = FeatureStore(model, family, visual, _FEATURES[model.device.type])
         self._prompts: dict[str, Prompt | Exception] = {}
@@ -96,10 +102,20 @@ class GenerationEngine:
 
     def plan(self, questions: Sequence[Question], batch_tokens: int | None = None) -> BatchPlan:
         """Which questions are answered together; see `batches`."""
+        with ThreadPoolExecutor(self._threads) as pool:
+            for question in questions:
+                pool.submit(self._measure, question)
         self._prompts = {question.id: self._encoded(question) for question in questions}
         extents = [self._extent(question) for question in questions]
         batch_tokens = batch_tokens or self._batch_tokens or self._fitting(extents)
         made = batches(extents, batch_tokens)
+        self._planned = max(
+            (
+                self._places(len(batch), max(extents[i].tokens + extents[i].budget for i in batch))
+                for batch in made
+            ),
+            default=0,
+        )
         return BatchPlan([[questions[i] for i in batch] for batch in made], batch_tokens)
 
     def answer(self, plan: Iterable[Sequence[Question]]) -> Iterator[list[Prediction]]:
@@ -206,21 +222,30 @@ class GenerationEngine:
 
     def _room(self, rows: Sequence[Row]) -> tuple[KeyValues, Steps]:
         """Cache and steps that hold these rows, made anew where the present ones are too small."""
-        shape = GraphSteps if self._graphs else EagerSteps
         longest = max(len(row.input_ids) for row in rows) + max(row.budget for row in rows)
-        needed = shape.rows(len(rows)) * shape.columns(longest)
+        needed = self._places(len(rows), longest)
         if self._cache is None or self._steps is None or self._cache.capacity < needed:
             self._cache = self._steps = None  # freed before the larger one is made
             model = self._decoder.model
             config = model.config.get_text_config()
-            self._cache = KeyValues(config, needed, model.dtype, model.device)
-            self._steps = shape(self._decoder, self._cache)
+            capacity = max(needed, self._planned)
+            self._cache = KeyValues(config, capacity, model.dtype, model.device)
+            self._steps = self._steps_type(self._decoder, self._cache)
         return self._cache, self._steps
+
+    def _places(self, rows: int, tokens: int) -> int:
+        """Tokens that the cache has room for when it holds so many rows of so many tokens."""
+        return self._steps_type.rows(rows) * self._steps_type.columns(tokens)
 
     def _prompt(self, question: Question) -> Prompt | Exception:
         if question.id not in self._prompts:
             self._prompts[question.id] = self._encoded(question)
         return self._prompts[question.id]
+
+    def _measure(self, question: Question) -> None:
+        with suppress(Exception):  # met again, and kept, when the question is encoded
+            for picture in question.pictures:
+                self._encoder.measure(picture)
 
     def _encoded(self, question: Question) -> Prompt | Exception:
         try:

@@ -79,47 +79,69 @@ class GraphSteps:
         return self._held[shape]
 
 
-class _Captured:
-    """One graph, for the cache as it is sized now."""
+class FixedStep:
+    """One step in tensors that stay where they are, for the cache as it is sized now."""
 
-    def __init__(self, decoder: Decoder, cache: KeyValues, pool: Any) -> None:
+    def __init__(self, decoder: Decoder, cache: KeyValues) -> None:
         device, rows, columns = decoder.device, cache.rows, cache.columns
+        self._decoder, self._cache = decoder, cache
         self._tokens = torch.zeros(rows, dtype=torch.long, device=device)
         self._positions = torch.zeros(rows, dtype=torch.long, device=device)
         self._mask = torch.zeros(rows, columns, dtype=torch.bool, device=device)
-        # What is tried out before the capture writes the last column, which is not yet to be seen.
-        self._column = torch.full((1,), columns - 1, dtype=torch.long, device=device)
-        starts = torch.arange(rows, device=device) * columns
+        self._column = torch.zeros(1, dtype=torch.long, device=device)
+        self._starts = torch.arange(rows, device=device) * columns
+        self.rest()
 
-        def step() -> None:
-            self._mask.index_fill_(1, self._column, True)
-            cache.write_column(starts + self._column, columns)
-            mask = self._mask[:, None, None]
-            self._tokens.copy_(decoder.step(self._tokens, self._positions, cache, mask))
-            self._positions += 1
-            self._column += 1
+    def rest(self) -> None:
+        """What runs before a state is loaded writes the last column, which nobody sees yet."""
+        self._column.fill_(self._cache.columns - 1)
 
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(2):  # libraries choose their kernels and workspaces on first use
-                step()
-                self._column.fill_(columns - 1)
-        torch.cuda.current_stream(device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            step()
+    def compute(self) -> None:
+        """The step itself; nothing in it depends on the host."""
+        self._mask.index_fill_(1, self._column, True)
+        self._cache.write_column(self._starts + self._column, self._cache.columns)
+        mask = self._mask[:, None, None]
+        made = self._decoder.step(self._tokens, self._positions, self._cache, mask)
+        self._tokens.copy_(made)
+        self._positions += 1
+        self._column += 1
 
     def run(self, state: State, count: int) -> Tensor:
+        """See `Steps.run`."""
         self._tokens.copy_(state.tokens)
         self._positions.copy_(state.positions)
         self._mask.copy_(state.mask)
         self._column.fill_(state.column)
         made = []
         for _ in range(count):
-            self._graph.replay()
+            self.launch()
             made.append(self._tokens.clone())
         state.tokens, state.positions = made[-1], self._positions.clone()
         state.mask.copy_(self._mask)
         state.column += count
         return torch.stack(made)
+
+    def launch(self) -> None:
+        """Compute one step."""
+        self.compute()
+
+
+class _Captured(FixedStep):
+    """The same step as a graph."""
+
+    def __init__(self, decoder: Decoder, cache: KeyValues, pool: Any) -> None:
+        super().__init__(decoder, cache)
+        device = decoder.device
+        side = torch.cuda.Stream(device)
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            for _ in range(2):  # libraries choose their kernels and workspaces on first use
+                self.compute()
+                self.rest()
+        torch.cuda.current_stream(device).wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph, pool=pool):
+            self.compute()
+
+    def launch(self) -> None:
+        self._graph.replay()

@@ -55,7 +55,9 @@ class PromptEncoder:
                 f"the prompt of item {question.id} holds {len(places)} picture placeholders "
                 f"instead of {len(pictures)}; remove the placeholder from the question's text"
             )
-        grids = [self._grid(picture) for picture in pictures]
+        for picture in pictures:
+            self.measure(picture)
+        grids = [self._grids[picture.key] for picture in pictures]
         expanded: list[int] = []
         starts: list[int] = []
         before = 0
@@ -70,10 +72,10 @@ class PromptEncoder:
         """Rotary positions (3, L) or (1, L), int64; an answer goes on after the largest."""
         return self._visual.positions(len(prompt), prompt.starts, prompt.grids)
 
-    def _grid(self, picture: Picture) -> Grid:
+    def measure(self, picture: Picture) -> None:
+        """Find out a picture's grid; threads may do that beforehand. Raises as `encode` does."""
         if picture.key not in self._grids:
-            self._grids[picture.key] = self._visual.grid(picture.open())
-        return self._grids[picture.key]
+            self._grids[picture.key] = self._visual.grid_of_size(*picture.size())
 
 
 def chat_text(question: Question, tokenizer: Any) -> str:
