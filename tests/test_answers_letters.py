@@ -138,6 +138,19 @@ def test_every_letter_in_every_form(form: str, letters: str) -> None:
         assert extract_letter(form.format(letter), others) == "", "a letter that is not offered"
 
 
+def test_options_may_be_lettered_in_lower_case() -> None:
+    assert extract_letter("The answer is (x)", "xyz") == "X"
+
+
+PIECES = ["A. ", "(B) ", "(", "**", "\\boxed{", "the answer is ", "1", "{"]
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_a_derailed_response_is_read_all_the_same(piece: str) -> None:
+    """A model that repeats itself up to its last token."""
+    assert extract_letter(piece * 4000, "ABCD") in {"", "A", "B"}
+
+
 @given(st.text(max_size=200), st.sampled_from(["AB", "ABCD", "ABCDEFGHIJ"]))
 def test_any_text_gives_a_choice_or_nothing(response: str, letters: str) -> None:
     assert extract_letter(response, letters) in {"", *letters}

@@ -32,8 +32,7 @@ def score(
     benchmark: Annotated[
         str,
         typer.Argument(
-            help="hallusionbench, mmbench, scienceqa, ai2d, ai2d-no-mask, mmmu, seedbench, mmstar, "
-            "toy-choice or toy-yesno.",
+            help="Name of the benchmark, such as mmstar; `grace benchmark list` shows them all.",
             show_default=False,
         ),
     ],

@@ -66,7 +66,7 @@ _REFUSAL = re.compile(
 def extract_letter(response: str, letters: Collection[str]) -> str:
     """The option letter that `response` settles on, or "" where there is no such thing.
 
-    `letters` are the item's own, upper-case ("A", "B", ...). In this order: the content of the
+    `letters` are the item's own, in any case ("A", "B", ...). In this order: the content of the
     last `<answer>...</answer>` or `\\boxed{...}`; else the last declaration ("the answer is B", "I
     choose B", "option B is correct"); else a label that stands for the answer ("B", "(b) the
     nucleus", "... matches (C)."), if all labels agree. The kind found first decides: a last
@@ -81,7 +81,7 @@ def extract_letter(response: str, letters: Collection[str]) -> str:
     else:
         declared = _declared(text)
         found = _labelled(text) if declared is None else declared
-    return found if found in letters else ""
+    return found if found in {letter.upper() for letter in letters} else ""
 
 
 def _last_container(text: str) -> str | None:
