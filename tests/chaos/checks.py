@@ -9,8 +9,9 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Run
 
-from grace_core.artifacts import MANIFEST, find_artifact, verify_artifact
+from grace_core.artifacts import MANIFEST, digest_folder, find_artifact, verify_artifact
 from grace_core.errors import GraceError
+from grace_core.publish.directory import read_directory_index
 from tests.chaos.view import TRAININGS, artifacts
 
 _CARD_FILES = {"README.md", "grace_manifest.json", "lineage.svg"}  # what publishing adds
@@ -41,7 +42,7 @@ def outcome(run_dir: Path, mlflow: str, flow_run_ids: list[str]) -> Outcome:
         },
         published={
             folder.name: {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
-            for folder in sorted((run_dir / "releases").glob("[!.]*"))
+            for folder in _published(run_dir)
         },
         losses=_losses(mlflow, flow_run_ids),
     )
@@ -58,10 +59,20 @@ def half_written(run_dir: Path) -> Iterator[str]:
             verify_artifact(artifact)
         except GraceError as error:
             yield str(error)
-    for folder in (run_dir / "releases").glob("[!.]*"):
+    for folder in _published(run_dir):
         missing = _CARD_FILES - {file.name for file in folder.iterdir()}
         if missing or not list(folder.glob("*.safetensors")):
             yield f"published {folder.name} lacks {sorted(missing) or 'its weights'}"
+    index = read_directory_index(run_dir / "releases")
+    for model in index.models.values() if index else ():
+        folder = run_dir / "releases" / model.repository
+        if not folder.is_dir() or digest_folder(folder) != model.digest:
+            yield f"published {model.repository} is not what the release index says"
+
+
+def _published(run_dir: Path) -> list[Path]:
+    """Folders of published models."""
+    return sorted(path for path in (run_dir / "releases").glob("[!.]*") if path.is_dir())
 
 
 def differences(reference: Outcome, found: Outcome) -> Iterator[str]:
