@@ -144,6 +144,7 @@ def running_hub(token: str) -> Iterator[Hub]:
 
 
 _REPO = r"([\w.-]+/[\w.-]+)"
+_KIND = "(?:models|datasets)"  # names are of one kind or the other in a test
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -440,9 +441,9 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("GET", r"/api/whoami-v2", _Handler.whoami),
     ("POST", r"/api/repos/create", _Handler.create),
     ("POST", r"/api/validate-yaml", _Handler.validate_yaml),
-    ("GET", rf"/api/models/{_REPO}", _Handler.info),
-    ("GET", rf"/api/models/{_REPO}/revision/([^/]+)", _Handler.info),
-    ("GET", rf"/api/models/{_REPO}/tree/([^/]+)", _Handler.tree),
+    ("GET", rf"/api/{_KIND}/{_REPO}", _Handler.info),
+    ("GET", rf"/api/{_KIND}/{_REPO}/revision/([^/]+)", _Handler.info),
+    ("GET", rf"/api/{_KIND}/{_REPO}/tree/([^/]+)", _Handler.tree),
     ("POST", rf"/api/models/{_REPO}/paths-info/([^/]+)", _Handler.paths_info),
     ("GET", rf"/api/models/{_REPO}/refs", _Handler.refs),
     ("POST DELETE", rf"/api/models/{_REPO}/branch/([^/]+)", _Handler.branch),
@@ -451,5 +452,5 @@ _ROUTES: list[tuple[str, str, Callable[..., None]]] = [
     ("POST", rf"/api/models/{_REPO}/preupload/([^/]+)", _Handler.preupload),
     ("POST", rf"/{_REPO}\.git/info/lfs/objects/batch", _Handler.lfs_batch),
     ("POST", rf"/api/models/{_REPO}/commit/([^/]+)", _Handler.commit),
-    ("GET HEAD", rf"/{_REPO}/resolve/([^/]+)/(.+)", _Handler.resolve),
+    ("GET HEAD", rf"/(?:datasets/)?{_REPO}/resolve/([^/]+)/(.+)", _Handler.resolve),
 ]

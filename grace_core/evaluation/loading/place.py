@@ -104,12 +104,8 @@ def resolve_revision(repository: str, revision: str | None) -> str:
     """
     if revision is not None and _COMMIT.fullmatch(revision):
         return revision
-    try:
-        commit = _ask(repository, lambda: HfApi().dataset_info(repository, revision=revision).sha)
-    except OfflineModeIsEnabled:
-        return _downloaded(repository, revision, [_CARD]).name
-    assert commit is not None
-    return commit
+    # Downloads the card, which leaves a note in the cache of where the branch was.
+    return _downloaded(repository, revision, [_CARD]).name
 
 
 def _of_hub(benchmark: Benchmark, wanted: Wanted) -> Place:

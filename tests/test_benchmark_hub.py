@@ -1,0 +1,226 @@
+"""Benchmarks from a Hub: the files of one split at one commit, and no others."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from huggingface_hub import constants
+
+from grace_core.errors import GraceError
+from grace_core.evaluation.benchmarks import find_benchmark
+from grace_core.evaluation.items import Item
+from grace_core.evaluation.loading.data_files import files_of_split, read_front_matter
+from grace_core.evaluation.loading.place import Wanted, locate, resolve_revision
+from grace_core.evaluation.loading.rows import load_items
+from tests.benchmark_rows import ROWS, SCHEMAS
+from tests.hub_server import Blob, Hub, Repository, running_hub
+
+TOKEN = "hf_NeverToBeSeenAnywhere"
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    resolve_revision.cache_clear()
+    with running_hub(TOKEN) as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+        template = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        yield running
+    resolve_revision.cache_clear()
+
+
+def parquet(name: str, *rows: dict[str, Any]) -> Blob:
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMAS[name]), stream)
+    return Blob(stream.getvalue(), large=True)
+
+
+def card(*configs: tuple[str, dict[str, str]]) -> Blob:
+    lines = ["---", "license: mit", "configs:"]
+    for name, splits in configs:
+        lines += [f"- config_name: {name}", "  data_files:"]
+        for split, path in splits.items():
+            lines += [f"  - split: {split}", f"    path: {path}"]
+    return Blob("\n".join([*lines, "---", "# Rows"]).encode(), large=False)
+
+
+def offer(hub: Hub, name: str, files: dict[str, Blob]) -> str:
+    """Commit the files; returns the commit."""
+    repository = hub.repositories.setdefault(name, Repository(private=False))
+    return repository.add_commit(files)
+
+
+def load(name: str, **wanted: Any) -> list[Item]:
+    declared = find_benchmark(name)
+    return load_items(declared, locate(declared, Wanted(**wanted)))
+
+
+def fetched(hub: Hub) -> set[str]:
+    """Names of the files that were downloaded."""
+    return {
+        each.split("/resolve/")[1].split("/", 1)[1]
+        for each in hub.requests
+        if "GET" in each and "/resolve/" in each
+    }
+
+
+def test_all_configurations_of_a_split_are_read_in_the_cards_order(hub: Hub) -> None:
+    music, maths = ROWS["mmmu"]
+    readme = card(
+        ("Music", {"dev": "Music/dev-*", "validation": "Music/validation-*"}),
+        ("Math", {"dev": "Math/dev-*", "validation": "Math/validation-*"}),
+    )
+    commit = offer(
+        hub,
+        "MMMU/MMMU",
+        {
+            "README.md": readme,
+            "Math/dev-00000-of-00001.parquet": parquet("mmmu", maths),
+            "Math/validation-00000-of-00001.parquet": parquet("mmmu", maths),
+            "Music/dev-00000-of-00001.parquet": parquet("mmmu", music),
+            "Music/validation-00000-of-00001.parquet": parquet("mmmu", music),
+        },
+    )
+    assert [item.id for item in load("mmmu")] == ["validation_Music_1", "validation_Math_15"]
+    assert fetched(hub) == {
+        "README.md",
+        "Math/validation-00000-of-00001.parquet",
+        "Music/validation-00000-of-00001.parquet",
+    }
+    assert [item.id for item in load("mmmu", config="Math")] == ["validation_Math_15"]
+    place = locate(find_benchmark("mmmu"), Wanted())
+    assert (place.repository, place.revision) == ("MMMU/MMMU", commit)
+
+
+def test_several_splits_follow_one_another(hub: Hub) -> None:
+    """The second has no column of pictures at all."""
+    pictured, plain = ROWS["hallusionbench"]
+    without = pa.schema([each for each in SCHEMAS["hallusionbench"] if each.name != "image"])
+    stream = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([plain], schema=without), stream)
+    files = {
+        "README.md": card(("default", {"image": "data/image-*", "non_image": "data/non_image-*"})),
+        "data/image-00000-of-00001.parquet": parquet("hallusionbench", pictured),
+        "data/non_image-00000-of-00001.parquet": Blob(stream.getvalue(), large=True),
+    }
+    offer(hub, "lmms-lab/HallusionBench", files)
+    items = load("hallusionbench")
+    assert [len(item.question.pictures) for item in items] == [1, 0]
+    assert len(load("hallusionbench", split="image")) == 1
+
+
+def test_a_revision_stays_what_it_was(hub: Hub) -> None:
+    one = parquet("mmstar", ROWS["mmstar"][0])
+    both = parquet("mmstar", *ROWS["mmstar"])
+    old = offer(hub, "me/rows", {"val.parquet": one})
+    new = offer(hub, "me/rows", {"val.parquet": both})
+    assert resolve_revision("me/rows", None) == resolve_revision("me/rows", "main") == new
+    assert len(load("mmstar", repository="me/rows")) == 2
+    assert len(load("mmstar", repository="me/rows", revision=old)) == 1
+
+
+def test_what_is_downloaded_is_found_without_a_connection(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "README.md": card(("val", {"val": "val-*"})),
+        "val-00000-of-00001.parquet": parquet("mmstar", *ROWS["mmstar"]),
+    }
+    commit = offer(hub, "Lin-Chen/MMStar", files)
+    online = load("mmstar")
+    resolve_revision.cache_clear()
+    before = len(hub.requests)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for revision in (None, commit):
+        assert [item.id for item in load("mmstar", revision=revision)] == [
+            item.id for item in online
+        ]
+    assert len(hub.requests) == before
+    with pytest.raises(GraceError, match=r"lmms-lab/ai2d cannot be had .*set .* `path`"):
+        load("ai2d")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "says"),
+    [
+        ({"repository": "no/where"}, "no/where is no data set of the Hub"),
+        ({"revision": "v9"}, "has no such revision"),
+        ({"config": "fr"}, "no configuration 'fr'; there are en, cn: set `config`"),
+        ({"split": "train"}, "no split 'train'; there are dev: set `split`"),
+        ({"config": "cn"}, "one of 1 of 2 files"),
+    ],
+)
+def test_what_is_not_there_is_named(hub: Hub, wanted: dict[str, str], says: str) -> None:
+    rows = parquet("mmbench", *ROWS["mmbench"])
+    files = {
+        "README.md": card(("en", {"dev": "en/dev-*"}), ("cn", {"dev": "cn/dev-*"})),
+        "en/dev-00000-of-00001.parquet": rows,
+        "cn/dev-00001-of-00002.parquet": rows,
+    }
+    offer(hub, "lmms-lab/MMBench", files)
+    assert len(load("mmbench")) == 2
+    with pytest.raises(GraceError) as caught:
+        load("mmbench", **wanted)
+    assert says in str(caught.value)
+    assert TOKEN not in str(caught.value)
+
+
+def test_a_clone_of_the_repository_is_read_like_it(tmp_path: Path) -> None:
+    files = {
+        "README.md": card(("cn", {"dev": "cn/dev-*"}), ("en", {"dev": "en/dev-*"})),
+        "cn/dev-00000-of-00001.parquet": parquet("mmbench", ROWS["mmbench"][1]),
+        "en/dev-00000-of-00002.parquet": parquet("mmbench", ROWS["mmbench"][0]),
+        "en/dev-00001-of-00002.parquet": parquet("mmbench", ROWS["mmbench"][1]),
+    }
+    for name, blob in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(blob.content)
+    assert [item.id for item in load("mmbench", path=tmp_path)] == ["7", "1000007"]
+    assert [item.id for item in load("mmbench", path=tmp_path, config="cn")] == ["1000007"]
+    (tmp_path / "en" / "dev-00000-of-00002.parquet").unlink()
+    with pytest.raises(GraceError, match=r"dev-00000-of-00002\.parquet is missing"):
+        load("mmbench", path=tmp_path)
+
+
+NAMES = [
+    *("data/test-00000-of-00001.parquet", "data/test_mini-00000-of-00001.parquet"),
+    *("en/dev.parquet", "images/test.png", "non_image-x.parquet"),
+]
+
+
+@pytest.mark.parametrize(
+    ("config", "split", "found"),
+    [
+        (None, "test", ["data/test-00000-of-00001.parquet"]),
+        (None, "test_mini", ["data/test_mini-00000-of-00001.parquet"]),
+        ("en", "dev", ["en/dev.parquet"]),
+        ("en", "other", ["en/dev.parquet"]),  # a lone file is not called after its split
+    ],
+)
+def test_without_a_card_names_tell_the_split(
+    config: str | None, split: str, found: list[str]
+) -> None:
+    assert files_of_split(NAMES, {}, config, split) == found
+
+
+def test_a_card_may_list_files_in_several_ways() -> None:
+    def found(data_files: object) -> list[str]:
+        metadata = {"configs": [{"config_name": "default", "data_files": data_files}]}
+        return files_of_split(["b.parquet", "a.parquet"], metadata, None, "train")
+
+    assert found("*.parquet") == found(["*.parquet"]) == ["a.parquet", "b.parquet"]
+    assert found([{"split": "train", "path": ["b.parquet", "a.parquet"]}]) == [
+        *("b.parquet", "a.parquet")
+    ]
+    assert read_front_matter("# no metadata") == {}
+    with pytest.raises(GraceError, match="no YAML"):
+        read_front_matter("---\na: [\n---\n")
