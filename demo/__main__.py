@@ -125,6 +125,7 @@ def _show_results(run_dir: Path) -> None:
     for label, folder in results["releases"].items():
         console.print(f"  {label:5} {folder}", highlight=False, soft_wrap=True)
     console.print(f"Results: {run_dir / 'results.json'}", highlight=False, soft_wrap=True)
+    console.print(f"Report:  {run_dir / 'report' / 'index.html'}", highlight=False, soft_wrap=True)
 
 
 def _print_addresses(local: Services) -> None:

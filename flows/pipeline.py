@@ -20,6 +20,7 @@ from tasks.record_teacher import record_teacher
 from tasks.release_model import release_model
 from tasks.run_benchmarks import run_benchmarks
 from tasks.tracked import StageRef, tracked_flow
+from tasks.write_report import regression_gate, show_report, write_report
 
 Models = dict[str, StageRef]
 
@@ -49,7 +50,7 @@ def grace(
         require_publisher()
         settings = load_config(config, [*given, unpublished])
     with tracked_flow(settings) as run:
-        result = published(settings, run)
+        result = published(settings, run, holds=settings.publish.enabled or asks)
         if asks:
             request_publication(run, config, given)
     if inputs is not None:
@@ -98,10 +99,19 @@ def scores(settings: GraceConfig, run: str, teacher: StageRef | None, releases: 
     return {label: run_benchmarks(settings, run, label, model) for label, model in rows.items()}
 
 
-def published(settings: GraceConfig, run: str) -> StageRef:
+def report_of(settings: GraceConfig, run: str, evaluations: Models) -> StageRef:
+    report = write_report(settings, run, evaluations)
+    show_report(settings, run, report)
+    return report
+
+
+def published(settings: GraceConfig, run: str, *, holds: bool) -> StageRef:
+    """holds: whether the regression gate ends the run where a model falls short."""
     models = trained_models(settings, run)
     releases = released_models(settings, run, models)
     evaluations = scores(settings, run, models.get("teacher"), releases)
+    report_of(settings, run, evaluations)
+    regression_gate(settings, run, evaluations, holds=holds)
     result = publish_models(settings, run, releases, evaluations)
     show_results(settings, run, result)
     return result

@@ -14,6 +14,7 @@ from flows.pipeline import (
     Models,
     fitted_teacher,
     released_models,
+    report_of,
     scores,
     teaching,
     trained_models,
@@ -26,6 +27,7 @@ from tasks.distill_student import distill_student
 from tasks.guard import guarded_flow
 from tasks.publish_models import publish_models, show_results
 from tasks.tracked import StageRef, finished_stages_only, tracked_flow
+from tasks.write_report import regression_gate
 
 DEFAULT = "configs/toy.yaml"
 
@@ -103,7 +105,9 @@ def evaluate(config: str = DEFAULT, overrides: list[str] | None = None) -> Model
     with tracked_flow(settings, "evaluate") as run:
         models = trained_models(settings, run)
         releases = released_models(settings, run, models)
-        return scores(settings, run, models.get("teacher"), releases)
+        evaluations = scores(settings, run, models.get("teacher"), releases)
+        report_of(settings, run, evaluations)
+        return evaluations
 
 
 @guarded_flow("grace-publish")
@@ -129,6 +133,8 @@ def publish(
             models = trained_models(settings, run)
             releases = released_models(settings, run, models)
             evaluations = scores(settings, run, models.get("teacher"), releases)
+        report_of(settings, run, evaluations)
+        regression_gate(settings, run, evaluations, holds=settings.publish.enabled)
         agreed, approval = decide(settings, run, releases, evaluations, ask=ask, days=days)
         if not agreed:
             return rejected(approval)

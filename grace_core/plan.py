@@ -33,7 +33,7 @@ def planned_stages(config: GraceConfig, goal: Goal) -> list[str]:
         "quantize": [*world, "data", *teacher, *outputs, *students],
     }
     ways["release"] = ways["quantize"] + releases
-    ways["evaluate"] = ways["release"] + rows
+    ways["evaluate"] = [*ways["release"], *rows, "report"]
     ways["publish"] = [*ways["evaluate"], "publish"]
     return ways[goal]
 

@@ -11,6 +11,7 @@ from mlflow import MlflowClient
 from grace_core.lineage.collect import artifacts_below, lineage_of
 from grace_core.lineage.page import page_files
 from operations.mlflow_names import DIGEST, STAGE
+from tasks.mlflow_runs import artifact_address
 
 FOLDER = "lineage"
 
@@ -38,12 +39,6 @@ def log_lineage(run_dir: Path, parent_run: str, stage_runs: Sequence[str]) -> st
         for name, text in page_files(lineage).items():
             client.log_text(run_id, text, f"{FOLDER}/{name}")
         names = ", ".join(lineage.node(model).name for model in lineage.models)
-        links.append(f"- [{names}]({_address(run_id)})")
+        links.append(f"- [{names}]({artifact_address(run_id, f'{FOLDER}/index.html')})")
     shown = mlflow.get_tracking_uri().startswith("http")
     return "Lineage pages:\n\n" + "\n".join(links) + "\n" if shown else ""
-
-
-def _address(run_id: str) -> str:
-    server = mlflow.get_tracking_uri().rstrip("/")
-    experiment = MlflowClient().get_run(run_id).info.experiment_id
-    return f"{server}/#/experiments/{experiment}/runs/{run_id}/artifacts/{FOLDER}/index.html"

@@ -179,6 +179,13 @@ def log_manifest(run_id: str, artifact: Artifact) -> None:
     client.log_artifact(run_id, str(artifact.path / MANIFEST))
 
 
+def artifact_address(run_id: str, path: str) -> str:
+    """Where a browser finds an artifact of a run, on a tracking server that has pages."""
+    server = mlflow.get_tracking_uri().rstrip("/")
+    experiment = MlflowClient().get_run(run_id).info.experiment_id
+    return f"{server}/#/experiments/{experiment}/runs/{run_id}/artifacts/{path}"
+
+
 def _prefect_tags() -> dict[str, str]:
     """Which Prefect run this is; nothing outside of one."""
     values = {

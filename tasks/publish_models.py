@@ -8,7 +8,6 @@ from typing import cast
 
 from mlflow import MlflowClient
 from prefect import task
-from prefect.artifacts import create_table_artifact
 from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 
@@ -76,17 +75,11 @@ def _token(config: GraceConfig) -> str | None:
 
 @task(task_run_name="results", cache_policy=NO_CACHE)
 def show_results(config: GraceConfig, run: str, published: StageRef) -> None:
-    """The results where people look: the run's folder, a Prefect artifact, MLflow's parent run."""
+    """The results where people look: the run's folder and MLflow's parent run."""
     folder = published.artifact().path
     for name in ("results.json", "table.md"):
         write_whole(config.run_dir / name, (folder / name).read_text(encoding="utf-8"))
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))["rows"]
-    table = [
-        {"model": label}
-        | {name: None if score is None else round(score, 1) for name, score in row.items()}
-        for label, row in rows.items()
-    ]
-    create_table_artifact(table, key="results", description="Percent correct")
     client = MlflowClient()
     client.log_artifact(run, str(folder / "table.md"))
     for label, row in rows.items():

@@ -20,6 +20,7 @@ from grace_core.events import Event, EventWriter
 from grace_core.publish.approval import Approval
 from grace_core.publish.release_set import FROM_ENVIRONMENT, HubAccess
 from grace_core.stages import StageContext
+from tests.recorded_evaluations import recorded_files
 
 STEPS = 3
 
@@ -40,7 +41,8 @@ class StandIns:
         names = (
             *("generate_world", "prepare_data", "fit_teacher", "record_teacher"),
             *("distill", "quantize"),
-            *("release", "evaluate", "publish", "find_publication"),
+            *("release", "evaluate", "report"),
+            *("publish", "find_publication"),
         )
         return {name: getattr(self, name) for name in names}
 
@@ -105,7 +107,6 @@ class StandIns:
         sources = {"teacher": config.models.teacher, "baseline": config.models.student}
         parent = model.as_parent() if model else checkpoint(sources[label].path)
         benchmarks = self._once(config, context, "benchmarks", {}, {})
-        summary = {"label": label, "benchmarks": {"toy-choice": {"headline": {"percent": 75.0}}}}
         return self._once(
             config,
             context,
@@ -113,8 +114,19 @@ class StandIns:
             config.evaluation.model_dump(mode="json"),
             {"model": parent, "benchmarks": benchmarks.as_parent()},
             metrics={"toy-choice": 75.0},
-            files={"results.json": json.dumps(summary)},
+            files=recorded_files(label, {"toy-choice": [True, label != "baseline", True, False]}),
         )
+
+    def report(
+        self, config: GraceConfig, evaluations: Mapping[str, Artifact], context: StageContext
+    ) -> Artifact:
+        parents = {f"evaluate-{label}": item.as_parent() for label, item in evaluations.items()}
+        estimates = {label: {"average": {"value": 75.0}} for label in evaluations}
+        comparison = {"estimates": estimates, "differences": [], "retention": []}
+        models = [{"model": label, "label": label, "scores": {}} for label in evaluations]
+        made = json.dumps({"models": models, "comparison": comparison})
+        files = {"report.json": made, "report.md": "# Report\n", "index.html": "<p>Report</p>\n"}
+        return self._once(config, context, "report", {}, parents, files=files)
 
     def publish(
         self,
@@ -177,6 +189,7 @@ class StandIns:
             if stage == self.fail_at:
                 raise ValueError(f"{stage} went wrong")
             for name, text in ({"content": key} | dict(files or {})).items():
+                (writer.path / name).parent.mkdir(exist_ok=True)
                 (writer.path / name).write_text(text, encoding="utf-8")
             writer.metrics.update(metrics or {})
             writer.facts.update(facts or {})

@@ -28,6 +28,7 @@ from grace_core.errors import GraceError
 from grace_core.events import Event
 from grace_core.progress import RunMeter
 from grace_core.stages import StageContext
+from tests.recorded_evaluations import recorded_files
 from tests.stand_in_stages import StandIns
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,8 +67,7 @@ class Scored(StandIns):
         context.on_event(
             Event(time.time(), f"evaluate-{label}", 1, "progress", {"done": 1.0, "total": 2.0})
         )
-        scores = {"toy-choice": {"headline": {"percent": {"baseline": 50.0}.get(label, 80.0)}}}
-        summary = {"label": label, "benchmarks": scores}
+        right = {"baseline": 5}.get(label, 8)
         parent = {} if model is None else {"model": model.as_parent()}
         return self._once(
             config,
@@ -75,7 +75,7 @@ class Scored(StandIns):
             f"evaluate-{label}",
             {},
             parent,
-            files={"results.json": json.dumps(summary)},
+            files=recorded_files(label, {"toy-choice": [True] * right + [False] * (10 - right)}),
         )
 
 
@@ -336,11 +336,13 @@ def test_run_runs_every_stage_once_and_shows_the_results(
     expected = ["world", "data", "teacher", "bf16", "w8", "w4"]
     expected += [f"release-{label}" for label in ("bf16", "w8", "w4")]
     expected += [f"evaluate-{label}" for label in ("teacher", "baseline", "bf16", "w8", "w4")]
-    assert stages.made == [*expected, "publish"]
+    assert stages.made == [*expected, "report", "publish"]
     assert "GRACE W4G128" in out and "+30.0" in out and "100.0 %" in out
     (publication,) = (tmp_path / "run" / "artifacts").glob("publish-*")
     assert f"Results: {publication / 'results.json'}" in out
-    assert out.count("done  ") == len(expected) + 1  # and publish
+    (report,) = (tmp_path / "run" / "artifacts").glob("report-*")
+    assert f"Report: {report / 'index.html'}" in out
+    assert out.count("done  ") == len(expected) + 2  # and report, and publish
 
 
 def test_run_again_keeps_everything(cli: Cli, stages: Scored, to: tuple[str, str]) -> None:
@@ -349,7 +351,7 @@ def test_run_again_keeps_everything(cli: Cli, stages: Scored, to: tuple[str, str
     code, out, _ = cli("run", TOY, *to)
     assert (code, stages.made) == (0, [])
     assert "done  " not in out
-    assert out.count("kept  ") == 14  # world, data, 3 students, 3 releases, 5 scores, publish
+    assert out.count("kept  ") == 15  # as many as are made above, but no teacher
 
 
 @pytest.mark.parametrize(

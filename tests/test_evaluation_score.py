@@ -169,7 +169,7 @@ def test_an_incomplete_row_has_no_average_and_no_gain() -> None:
 def test_rows_that_cannot_be_compared_are_refused() -> None:
     with pytest.raises(GraceError, match="same benchmarks"):
         results_table([ResultRow("bf16", {"a": 1.0}), ResultRow("w4", {"b": 1.0})])
-    with pytest.raises(GraceError, match="share a label"):
+    with pytest.raises(GraceError, match="share a name"):
         results_table([ResultRow("bf16", {"a": 1.0}), ResultRow("bf16", {"a": 2.0})])
     with pytest.raises(GraceError, match="no row"):
         results_table([])

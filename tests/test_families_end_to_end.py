@@ -23,7 +23,8 @@ from transformers import AutoModelForImageTextToText
 
 from grace_core import stages
 from grace_core.artifacts import Artifact, verify_artifact
-from grace_core.config.model import GraceConfig
+from grace_core.config.model import Gate, GraceConfig
+from grace_core.evaluation.gate import GateClosed
 from grace_core.events import Event
 from grace_core.models.families import FAMILIES as SUPPORTED
 from grace_core.models.families import PROJECTIONS
@@ -148,6 +149,11 @@ def run(request: pytest.FixtureRequest, root: Path) -> Run:
     return Run(family, config, data, bf16, w4, released, events)
 
 
+def with_gate(config: GraceConfig, gate: dict[str, Any]) -> GraceConfig:
+    evaluation = config.evaluation.model_copy(update={"gate": Gate.model_validate(gate)})
+    return config.model_copy(update={"evaluation": evaluation})
+
+
 def weights(folder: Path) -> dict[str, Tensor]:
     return {
         name: value
@@ -259,7 +265,19 @@ def test_the_releases_are_evaluated_and_published(run: Run) -> None:
     held_out = run.data.manifest.metrics["held_out"]
     assert done == sorted(done)
     assert done[-1] == of_w4[0]["total"] == 2 * 6 + held_out  # two benchmarks
-    published = stages.publish(run.config, run.released, evaluations, context)
+    before = set(run.config.run_dir.glob("*/[!.]*"))
+    demands = {"floors": {"average": 101.0}}  # out of reach
+    with pytest.raises(GateClosed, match=r"(?s)GRACE BF16, average: .*GRACE W4G128, average: "):
+        stages.publish(with_gate(run.config, demands), run.released, evaluations, context)
+    assert set(run.config.run_dir.glob("*/[!.]*")) == before, "nothing was published"
+
+    overridden = with_gate(run.config, {**demands, "override": "random weights"})
+    report = stages.report(overridden, evaluations, context)
+    assert "random weights" in (report.path / "index.html").read_text()
+    assert report.manifest.metrics["gate_shortfalls"] == 2
+    published = stages.publish(overridden, run.released, evaluations, context)
+    gate = published.manifest.facts["gate"]
+    assert gate["override"] == "random weights" and not all(c["passed"] for c in gate["checks"])
     results = json.loads((published.path / "results.json").read_text())
     assert results["rows"].keys() == {"baseline", "bf16", "w4"}
     for label, location in results["releases"].items():

@@ -47,7 +47,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ALL_STAGES = [
     *("world", "data", "bf16", "w8", "w4", "release-bf16", "release-w8", "release-w4"),
     *("benchmarks", "evaluate-teacher", "evaluate-baseline"),
-    *("evaluate-bf16", "evaluate-w8", "evaluate-w4", "publish"),
+    *("evaluate-bf16", "evaluate-w8", "evaluate-w4", "report", "publish"),
 ]
 
 
@@ -110,14 +110,15 @@ def test_the_whole_chain_then_only_what_changed(
     assert stages.made == []
     assert again == published.model_copy(update={"reused": True})
     states = task_states(newest_flow_run().id)
-    shown = set(ALL_STAGES) - {"benchmarks"} | {"examine", "results"}
-    assert states.keys() == shown
-    assert {name for name, state in states.items() if state != "Cached"} == {"examine", "results"}
+    not_stages = {"examine", "show-report", "gate", "results"}
+    assert states.keys() == set(ALL_STAGES) - {"benchmarks"} | not_stages
+    assert {name for name, state in states.items() if state != "Cached"} == not_stages
 
     stages.made.clear()
     grace("configs/toy.yaml", [*overrides, "quantize.training.steps=51"])
     assert stages.made == [
-        *("w8", "w4", "release-w8", "release-w4", "evaluate-w8", "evaluate-w4", "publish"),
+        *("w8", "w4", "release-w8", "release-w4", "evaluate-w8", "evaluate-w4"),
+        *("report", "publish"),
     ]
 
     # Nobody repeated a stage that was kept: the two trainings have one BF16 run, one model of it.
@@ -130,6 +131,27 @@ def test_the_whole_chain_then_only_what_changed(
         *("bf16", "release-bf16", "release-w4", "release-w4", "release-w8", "release-w8"),
         *("student", "teacher", "w4", "w4", "w8", "w8"),
     ]
+
+
+def test_a_closed_gate_ends_the_run_before_anything_is_published(
+    stages: StandIns, overrides: list[str]
+) -> None:
+    demand = "evaluation.gate.floors={average: 80}"
+    with pytest.raises(GraceError, match=r"GRACE W4G128, average: 75\.00 %, 5\.00 below the floor"):
+        grace("configs/toy.yaml", [*overrides, demand])
+    assert stages.made == ALL_STAGES[:-1], "the report is there, the publication is not"
+    flow_run = newest_flow_run()
+    states = task_states(flow_run.id)
+    assert (states["show-report"], states["gate"]) == ("Completed", "Failed")
+    client = MlflowClient()
+    experiment = client.get_experiment_by_name("flows").experiment_id
+    tags = f"tags.`prefect.flow_run_id` = '{flow_run.id}' and tags.`grace.stage` = 'flow'"
+    (parent,) = client.search_runs([experiment], tags)
+    assert parent.data.tags["grace.gate"] == "closed"
+    assert parent.data.metrics["gate_shortfalls"] == 3
+
+    grace("configs/toy.yaml", [*overrides, demand, "evaluation.gate.override=for a test"])
+    assert stages.made[-1] == "publish"
 
 
 def test_one_parent_run_holds_its_stages_and_their_ancestry(
@@ -150,10 +172,13 @@ def test_one_parent_run_holds_its_stages_and_their_ancestry(
     )
     assert {run.data.tags["grace.stage"] for run in children} == {
         *("world", "data", "bf16", "w4", "release-bf16", "release-w4"),
-        *("evaluate-teacher", "evaluate-baseline", "evaluate-bf16", "evaluate-w4", "publish"),
+        *("evaluate-teacher", "evaluate-baseline", "evaluate-bf16", "evaluate-w4"),
+        *("report", "publish"),
     }
     folder = Path(client.download_artifacts(parent.info.run_id, ""))
-    assert {"ancestry.md", "config.json", "table.md"} <= {file.name for file in folder.iterdir()}
+    assert {"ancestry.md", "config.json", "table.md", "report"} <= {
+        file.name for file in folder.iterdir()
+    }
     lineage = Lineage.model_validate_json((folder / "lineage" / "lineage.json").read_text())
     assert [lineage.node(model).stage for model in lineage.models] == ["release-bf16", "release-w4"]
     (release,) = [run for run in children if run.data.tags["grace.stage"] == "release-w4"]
@@ -171,7 +196,7 @@ def test_one_parent_run_holds_its_stages_and_their_ancestry(
     with get_client(sync_client=True) as prefect:
         answer = prefect._client.post("/artifacts/filter", json={"limit": 200})
     shown = {item["key"] for item in answer.json() if item["flow_run_id"] == str(flow_run.id)}
-    assert {"results", "ancestry", "doctor"} <= shown
+    assert {"results", "report", "ancestry", "doctor"} <= shown
 
 
 def test_a_wrong_setting_stops_before_any_work(

@@ -115,10 +115,11 @@ def run(config: ConfigFile, settings: Settings = None) -> None:
     goes on from its last checkpoint.
     """
     with _chain(config, settings, "publish") as chain:
-        evaluations = chain.evaluations()
+        evaluations, report = chain.evaluations(), chain.report()
         waits = chain.config.publish.enabled and chain.config.publish.approval
         published = None if waits else chain.publication()
     _show_table(evaluations)
+    _show_report(report)
     if published is not None:
         _show_releases(published)
     else:
@@ -185,8 +186,9 @@ def release(config: ConfigFile, settings: Settings = None) -> None:
 def evaluate(config: ConfigFile, settings: Settings = None) -> None:
     """Score teacher, baseline and releases on the benchmarks."""
     with _chain(config, settings, "evaluate") as chain:
-        evaluations = chain.evaluations()
+        evaluations, report = chain.evaluations(), chain.report()
     _show_table(evaluations)
+    _show_report(report)
 
 
 @app.command(rich_help_panel=_STAGE)
@@ -344,6 +346,11 @@ def _show_table(evaluations: Mapping[str, Artifact]) -> None:
 
     console.print()
     console.print(table_of(evaluations).to_rich())
+
+
+def _show_report(report: Artifact) -> None:
+    page = report.path / "index.html"
+    console.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
 def _show_releases(published: Artifact) -> None:

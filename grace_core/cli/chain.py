@@ -87,8 +87,14 @@ class Chain:
         rows = {"teacher": self._fitted_teacher(), "baseline": None, **releases}
         return {label: self._evaluation(label, model) for label, model in rows.items()}
 
+    def report(self) -> Artifact:
+        """The evaluations side by side."""
+        evaluations = self.evaluations()
+        return self._once("report", lambda: stages.report(self.config, evaluations, self._context))
+
     def publication(self, approval: Approval | None = None) -> Artifact:
         releases, evaluations = self.releases(), self.evaluations()
+        self.report()
         return self._once(
             "publish",
             lambda: stages.publish(self.config, releases, evaluations, self._context, approval),

@@ -385,6 +385,41 @@ class ChosenBenchmark(Section):
         return {"name": value} if isinstance(value, str) else value
 
 
+class Kept(Section):
+    """Percent of the BF16 student's average that quantized students must keep."""
+
+    w8: Float | None = Field(None, ge=0, description="percent; null: any")
+    w4: Float | None = Field(None, ge=0, description="percent; null: any")
+
+
+class Gate(Section):
+    """What every released model must score before anything is published."""
+
+    decides: Literal["value", "lower_bound", "upper_bound"] = Field(
+        "value",
+        description="what is held against the demands: the measured value; the lower end of its "
+        "95 % interval, so that reaching them is shown; the upper end, so that only a shortfall "
+        "that is shown counts",
+    )
+    complete: bool = Field(True, description="every item of every benchmark must have an answer")
+    floors: dict[str, Float] = Field(
+        {}, description="percent at least, by benchmark or for `average`"
+    )
+    retention: Kept = Kept()
+    min_gain: Float | None = Field(
+        None, description="points of the average at least above the baseline's; null: any"
+    )
+    max_parse_failures: Float | None = Field(
+        None,
+        ge=0,
+        le=100,
+        description="percent of a benchmark's answers at most that nothing can be read from",
+    )
+    override: str | None = Field(
+        None, min_length=1, description="why it is published all the same; recorded with it"
+    )
+
+
 class Evaluation(Section):
     """Benchmarks every model of the results table is scored on."""
 
@@ -411,6 +446,7 @@ class Evaluation(Section):
     processes: PositiveInt | None = Field(
         None, description="processes that share the questions; null: one for each GPU, or one"
     )
+    gate: Gate = Gate()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -112,6 +112,14 @@ def _benchmarks_from_one_place(config: GraceConfig) -> Iterator[str]:
                 )
 
 
+def _gate_asks_for_what_is_measured(config: GraceConfig) -> Iterator[str]:
+    floors, benchmarks = config.evaluation.gate.floors, config.evaluation.names
+    for name in floors:
+        if name != "average" and name not in benchmarks:
+            known = ", ".join(("average", *benchmarks))
+            yield f"evaluation.gate.floors: nothing is scored on {name}; there are {known}"
+
+
 def _group_size_divides_widths(config: GraceConfig) -> Iterator[str]:
     size = config.quantize.group_size
     if size & (size - 1):
@@ -274,6 +282,7 @@ _RULES: tuple[Rule, ...] = (
     _variants_once,
     _benchmarks_once,
     _benchmarks_from_one_place,
+    _gate_asks_for_what_is_measured,
     _group_size_divides_widths,
     _teacher_has_no_teacher,
     _one_temperature_of_recorded_outputs,

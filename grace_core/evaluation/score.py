@@ -23,16 +23,23 @@ class ItemScore:
     reading: Reading | None
     """None without a response to judge."""
 
+    group: str | None = None
+    """The item's group, where the headline counts whole groups."""
+
     def to_dict(self) -> dict[str, Any]:
-        """`{"id", "response", "error", "answer", "correct"}`; None where there is no such thing."""
+        """`{"id", "response", "error", "answer", "correct"}`; None where there is no such thing.
+
+        `group` is added where the headline counts whole groups.
+        """
         judged = self.reading is not None and bool(self.gold.answers)
-        return {
+        record = {
             "id": self.gold.id,
             "response": None if self.prediction is None else self.prediction.response,
             "error": None if self.prediction is None else self.prediction.error,
             "answer": None if self.reading is None else self.reading.answer,
             "correct": self.reading.correct if self.reading is not None and judged else None,
         }
+        return record if self.group is None else {**record, "group": self.group}
 
 
 @dataclass(frozen=True)
@@ -178,7 +185,12 @@ def score(
         marked = [Marked(each, readings.get(each.id) if each.answers else None) for each in golds]
         metrics |= {f"{rule.name}.{name}": m for name, m in benchmark.metrics(marked).items()}
         scored = tuple(
-            ItemScore(gold, found.get(gold.id), readings.get(gold.id))
+            ItemScore(
+                gold,
+                found.get(gold.id),
+                readings.get(gold.id),
+                None if benchmark.group is None else benchmark.group(gold),
+            )
             for gold in golds
             if gold.id not in aside
         )

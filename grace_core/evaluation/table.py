@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rich.table import Table
@@ -32,6 +32,16 @@ class ResultRow:
     held_out_loss: float | None = None
     """Cross-entropy on held-out captions, nats a token; shown beside, never averaged."""
 
+    title: str = ""
+    """What the row is called; empty: the label's title."""
+
+    published: Mapping[str, float | None] | None = None
+    """Figures published for such a model, by benchmark and for "average"; a row below."""
+
+    @property
+    def name(self) -> str:
+        return self.title or TITLES[self.label]
+
     @property
     def average(self) -> float | None:
         """Unweighted mean over the benchmarks; None unless every one has a score."""
@@ -52,7 +62,7 @@ class ResultsTable:
     def gain(self, row: ResultRow) -> float | None:
         """Percentage points of the average above the baseline's."""
         baseline = self._average("baseline")
-        if row.average is None or baseline is None:
+        if row.average is None or baseline is None or row.label == "baseline":
             return None
         return row.average - baseline
 
@@ -86,6 +96,11 @@ class ResultsTable:
                 for column, cell in enumerate(cells)
             ]
             lines.append("| " + " | ".join(marked) + " |")
+            published = self._published_cells(self.rows[number])
+            if published is not None:
+                shown = [f"*{cell}*" for cell in published]
+                shown += [""] * (len(header) - len(published))
+                lines.append("| " + " | ".join(shown) + " |")
         return "\n".join(lines)
 
     def to_rich(self) -> Table:
@@ -95,24 +110,34 @@ class ResultsTable:
         table.add_column(header[0])
         for name in header[1:]:
             table.add_column(name, justify="right")
-        for cells in body:
+        for row, cells in zip(self.rows, body, strict=True):
             table.add_row(*cells)
+            published = self._published_cells(row)
+            if published is not None:
+                table.add_row(*published, style="dim")
         return table
 
     def _average(self, label: Label) -> float | None:
-        return next((row.average for row in self.rows if row.label == label), None)
+        """None where no row has the label, or several have."""
+        averages = [row.average for row in self.rows if row.label == label]
+        return averages[0] if len(averages) == 1 else None
 
     def _cells(self) -> list[list[str]]:
         has_loss = any(row.held_out_loss is not None for row in self.rows)
         loss = ["Held-out loss"] if has_loss else []
         cells = [["Model", *self.benchmarks, "Average", "vs baseline", "of BF16", *loss]]
         for row in self.rows:
-            gain = None if row.label == "baseline" else self.gain(row)
             values = [_show(score) for score in [*row.scores.values(), row.average]]
-            values += [_show(gain, "+.1f"), _show(self.kept(row), ".1f", " %")]
+            values += [_show(self.gain(row), "+.1f"), _show(self.kept(row), ".1f", " %")]
             values += [_show(row.held_out_loss, ".3f")] if has_loss else []
-            cells.append([TITLES[row.label], *values])
+            cells.append([row.name, *values])
         return cells
+
+    def _published_cells(self, row: ResultRow) -> list[str] | None:
+        if row.published is None:
+            return None
+        figures = [_show(row.published.get(name)) for name in (*self.benchmarks, "average")]
+        return [f"{row.name}, published", *figures]
 
     def _best_rows(self) -> dict[int, list[int]]:
         """Column of `_cells` -> rows with its highest score; the teacher is only a reference."""
@@ -133,31 +158,26 @@ class ResultsTable:
 def results_table(rows: Sequence[ResultRow]) -> ResultsTable:
     """Put rows in the table's order.
 
-    Raises GraceError when there is no row, two rows share a label, or the rows were not scored on
+    Raises GraceError when there is no row, two rows share a name, or the rows were not scored on
     the same benchmarks, since their averages could not be compared.
     """
     if not rows:
         raise GraceError("the results table has no row; evaluate at least one model")
-    by_label = {row.label: row for row in rows}
-    if len(by_label) != len(rows):
-        raise GraceError(f"two rows share a label: {', '.join(row.label for row in rows)}")
-    expected = set(rows[0].scores)
-    for row in rows:
-        if set(row.scores) != expected:
-            raise GraceError(
-                f"{row.label} was scored on {sorted(row.scores)}, {rows[0].label} on "
-                f"{sorted(expected)}; evaluate all models on the same benchmarks"
-            )
+    names = [row.name for row in rows]
+    if len(set(names)) != len(names):
+        raise GraceError(f"two rows share a name: {', '.join(names)}")
     order = list(rows[0].scores)
+    for row in rows:
+        if set(row.scores) != set(order):
+            raise GraceError(
+                f"{row.name} was scored on {sorted(row.scores)}, {rows[0].name} on "
+                f"{sorted(order)}; evaluate all models on the same benchmarks"
+            )
+    labels = list(TITLES)
     return ResultsTable(
         tuple(
-            ResultRow(
-                label,
-                {name: by_label[label].scores[name] for name in order},
-                by_label[label].held_out_loss,
-            )
-            for label in TITLES
-            if label in by_label
+            replace(row, scores={name: row.scores[name] for name in order})
+            for row in sorted(rows, key=lambda row: labels.index(row.label))
         )
     )
 

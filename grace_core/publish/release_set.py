@@ -11,7 +11,9 @@ from pathlib import Path
 from grace_core.artifacts import Artifact
 from grace_core.config.model import GraceConfig, HubDestination
 from grace_core.config.names import index_repository, repository_name
-from grace_core.evaluation.table import Label, ResultRow, ResultsTable, results_table
+from grace_core.evaluation.report.document import published_beside, table_of_models
+from grace_core.evaluation.report.recorded import find_recorded
+from grace_core.evaluation.table import ResultsTable
 from grace_core.export.card import eval_results_files, model_card, release_manifest
 from grace_core.export.release import MODEL_FOLDER, release_folders
 from grace_core.lineage.collect import graph_of
@@ -36,9 +38,6 @@ class Published:
 
     revision: str
     """Digest of the directory's files, or the repository's commit."""
-
-
-ROWS: tuple[Label, ...] = ("teacher", "baseline", "bf16", "w8", "w4")
 
 
 @dataclass(frozen=True)
@@ -141,19 +140,12 @@ def hub_target(config: GraceConfig, access: HubAccess) -> HubTarget:
 
 
 def table_of(evaluations: Mapping[str, Artifact]) -> ResultsTable:
-    """The results table of the evaluated models, in the order of the model card."""
-    rows = []
-    for label in ROWS:
-        if label not in evaluations:
-            continue
-        file = evaluations[label].path / "results.json"
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        scores = {
-            name: None if result["headline"] is None else result["headline"]["percent"]
-            for name, result in summary["benchmarks"].items()
-        }
-        rows.append(ResultRow(label, scores, summary.get("held_out_loss")))
-    return results_table(rows)
+    """The results table of the evaluated models, in the order of the model card.
+
+    Published figures stand beside where there are any for the same base model and benchmarks.
+    """
+    models = find_recorded([item.path for item in evaluations.values()])
+    return table_of_models(models, published_beside(models))
 
 
 def destination_of(config: GraceConfig, label: str) -> str:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from grace_core.stages.evaluation import evaluate
     from grace_core.stages.publishing import find_publication, publish
     from grace_core.stages.releasing import release
+    from grace_core.stages.reporting import gate_verdict, report
     from grace_core.stages.training import distill, fit_teacher, quantize, record_teacher
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "evaluate",
     "find_publication",
     "fit_teacher",
+    "gate_verdict",
     "generate_world",
     "prepare_benchmarks",
     "prepare_data",
@@ -37,6 +39,7 @@ __all__ = [
     "quantize",
     "record_teacher",
     "release",
+    "report",
 ]
 
 _MODULES = {
@@ -45,6 +48,7 @@ _MODULES = {
     "evaluate": "evaluation",
     **dict.fromkeys(("find_publication", "publish"), "publishing"),
     "release": "releasing",
+    **dict.fromkeys(("gate_verdict", "report"), "reporting"),
     **dict.fromkeys(("distill", "fit_teacher", "quantize", "record_teacher"), "training"),
 }
 

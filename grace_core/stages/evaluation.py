@@ -100,7 +100,11 @@ def _evaluate(
         writer.metrics[f"{name}/answered_percent"] = 100.0 * result.answered / result.total
         with (writer.path / "predictions" / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(item.to_dict()) + "\n" for item in result.items)
-    summary: dict[str, Any] = {"label": label, "benchmarks": results}
+    summary: dict[str, Any] = {
+        "label": label,
+        "benchmarks": results,
+        "model_bytes": sum(file.stat().st_size for file in folder.path.glob("*.safetensors")),
+    }
     if data is not None:
         settings = job.config.data
         limited = VisualInputs(

@@ -39,6 +39,7 @@ _COMMANDS = {
     **dict.fromkeys(("w8", "w4"), "quantize"),
     "release": "release",
     **dict.fromkeys(("benchmarks", "evaluate"), "evaluate"),
+    "report": "evaluate",
     "publish": "publish",
 }
 """Which command and which deployment run a stage, by the first word of its name."""

@@ -11,9 +11,11 @@ from typing import Any
 from grace_core.artifacts import Artifact, ArtifactWriter, Parent, find_artifact, fingerprint
 from grace_core.config.model import GraceConfig
 from grace_core.errors import GraceError
+from grace_core.evaluation.gate import require_open
 from grace_core.publish.approval import Approval
 from grace_core.publish.release_set import FROM_ENVIRONMENT, HubAccess, publish_releases
 from grace_core.stages.once import StageContext, once, progress, stage_folder
+from grace_core.stages.reporting import gate_verdict
 
 
 def publish(
@@ -30,7 +32,8 @@ def publish(
     approval: goes into the artifact's facts; it decides nothing about what is published.
     access: how the Hub is reached; recorded nowhere.
 
-    Raises GraceError when the configuration demands an approval and there is none.
+    Raises GraceError when the configuration demands an approval and there is none, GateClosed when
+    a release falls short of what it demands.
     """
     section, parents = _inputs(config, releases, evaluations)
 
@@ -40,6 +43,10 @@ def publish(
                 "publish.approval is true, and nobody has approved; run the deployment "
                 "grace-publish/publish, which asks, or `grace publish CONFIG --approved-by NAME`"
             )
+        verdict = gate_verdict(config, evaluations)
+        if config.publish.enabled:
+            require_open(verdict)
+        writer.facts["gate"] = verdict.model_dump(mode="json")
         if approval is not None:
             writer.facts["approval"] = approval.model_dump()
 
@@ -74,7 +81,7 @@ def _inputs(
     section = config.publish.model_dump(
         mode="json", exclude={"approval": True, "destination": {"token_secret"}}
     )
-    return section, parents
+    return section | {"gate": config.evaluation.gate.model_dump(mode="json")}, parents
 
 
 def _lost(publication: Artifact) -> bool:

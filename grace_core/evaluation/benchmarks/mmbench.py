@@ -95,6 +95,7 @@ MMBENCH = Benchmark(
     ),
     metrics=_metrics,
     headline=("official.circular",),
+    group=lambda gold: gold.fields["question"],
     max_new_tokens={"mcq": 128},
     rows=4329,
     other_rows=(4377, 6666, 2040),  # dev of 2023-07-12, test, cc test
