@@ -77,12 +77,14 @@ def teaching(
 
 
 def trained_models(settings: GraceConfig, run: str) -> Models:
-    """By label: teacher where it was fitted, bf16, and the configured variants."""
+    """By label: teacher where it was fitted, the BF16 student, and the configured variants."""
     data = training_data(settings, run)
     teacher = fitted_teacher(settings, run, data)
     taught_by = teaching(settings, run, data, teacher)
-    bf16 = distill_student(settings, run, data, taught_by)
-    students: Models = {"bf16": bf16}
+    students: Models = {}
+    if "bf16" in settings.students:
+        students["bf16"] = distill_student(settings, run, data, taught_by)
+    bf16 = students.get("bf16")
     for precision in settings.quantize.variants:
         students[precision] = quantize_student(settings, run, precision, data, taught_by, bf16)
     return students if teacher is None else {"teacher": teacher, **students}

@@ -23,7 +23,7 @@ def planned_stages(config: GraceConfig, goal: Goal) -> list[str]:
     world = ["world"] if config.data.source.kind == "toy" else []
     teacher = ["teacher"] if config.teacher_fit else []
     outputs = ["teacher-outputs"] if config.records_teacher else []
-    students = ["bf16", *config.quantize.variants]
+    students = list(config.students)
     releases = [f"release-{label}" for label in students]
     rows = [f"evaluate-{label}" for label in ("teacher", "baseline", *students)]
     ways: dict[Goal, list[str]] = {

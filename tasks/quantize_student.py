@@ -1,4 +1,4 @@
-"""Stages `w8` and `w4`: quantization-aware training of the BF16 student."""
+"""Stages `w8` and `w4`: quantization-aware training, of the BF16 student as a rule."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ def quantize_student(
     precision: Precision,
     data: StageRef,
     teacher: StageRef | None,
-    bf16: StageRef,
+    bf16: StageRef | None,
 ) -> StageRef:
     fitted = teacher.artifact() if teacher else None
+    start = bf16.artifact() if bf16 else None
     return run_stage(
         config,
         run,
         precision,
-        lambda context: stages.quantize(
-            config, precision, data.artifact(), fitted, bf16.artifact(), context
-        ),
+        lambda context: stages.quantize(config, precision, data.artifact(), fitted, start, context),
     )

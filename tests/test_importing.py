@@ -20,8 +20,12 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
+from grace_core.artifacts import Artifact, Manifest
 from grace_core.cli.app import app
+from grace_core.cli.chain import Chain
+from grace_core.config.model import GraceConfig
 from grace_core.errors import GraceError
+from grace_core.events import Event
 from grace_core.export.awq import AWQ
 from grace_core.export.compressed import COMPRESSED
 from grace_core.export.exactness import check_release
@@ -30,6 +34,7 @@ from grace_core.importing.checkpoint import import_checkpoint
 from grace_core.importing.sidecar import SIDECAR, read_sidecar
 from grace_core.quantization.checkpoint import load_scales
 from grace_core.quantization.convert import convert_with_scales
+from grace_core.stages.training_plan import plan_quantized
 from tests.official_format import (
     Published,
     publish_packed,
@@ -356,3 +361,64 @@ def test_import_and_pack_on_the_command_line(published: Path, tmp_path: Path) ->
     assert done.exit_code == 0, done.output
     assert "7 layers" in done.output and "all equal" in done.output
     assert (packed / "model.safetensors").is_file()
+
+
+# --- going on from it ---
+
+
+def _config(root: Path, start: Path, **quantize: Any) -> GraceConfig:
+    training = {"steps": 1, "row_tokens": 512, "rows_per_step": 1, "scale_learning_rate": 1e-7}
+    objective = {"distillation": {"kind": "none"}, "relational": {"enabled": False}}
+    return GraceConfig.model_validate(
+        {
+            "name": "continued",
+            "run_dir": root / "run",
+            "models": {"teacher": {"path": str(start)}, "student": {"path": str(start)}},
+            "data": {"source": {"kind": "toy", "records": 8}, "max_tokens": 512},
+            "distill": {"training": training},
+            "quantize": {
+                "variants": ["w4"],
+                "start": {"path": str(start)},
+                "training": {**training, "learning_rate": 1e-9},
+                "objective": objective,
+                **quantize,
+            },
+            "launch": {"processes": 1, "device": "cpu"},
+            "publish": {"name": "x", "base_model": "a/b", "teacher_model": "a/c", "dataset": "d"},
+        }
+    )
+
+
+@pytest.mark.slow
+def test_a_training_goes_on_with_the_imported_scales(tmp_path: Path) -> None:
+    published = publish_with_sidecar(tmp_path / "published", "qwen3_vl", 4)
+    import_checkpoint(published.folder, tmp_path / "made")
+    config = _config(tmp_path, tmp_path / "made")
+    assert config.students == ("w4",)
+    chain = Chain(config, _Silent())
+    (label,) = chain.students()
+    trained_on = chain.students()[label].path / "model"
+    before, after = load_scales(tmp_path / "made"), load_scales(trained_on)
+    assert before.scales.keys() == after.scales.keys()
+    for name, theta in before.scales.items():
+        # One step of 1e-7: a fresh start would be per cents away.
+        assert torch.allclose(theta, after.scales[name], rtol=0, atol=1e-5)
+    assert chain.releases()["w4"].manifest.facts["exactness"]["layers"] == 7
+
+
+class _Silent:
+    def started(self, stage: str) -> None: ...
+
+    def ended(self, stage: str, artifact: Artifact) -> None: ...
+
+    def on_event(self, event: Event) -> None: ...
+
+
+def test_another_width_is_refused_before_training(published: Path, tmp_path: Path) -> None:
+    import_checkpoint(published, tmp_path / "made")
+    data = Artifact(tmp_path, Manifest.model_construct())
+    config = _config(tmp_path, tmp_path / "made", variants=["w8"])
+    with pytest.raises(GraceError, match="4-bit codes in groups of 128, the run trains w8"):
+        plan_quantized(config, "w8", data, None, None)
+    with pytest.raises(ValueError, match="a checkpoint has one width"):
+        _config(tmp_path, tmp_path / "made", variants=["w8", "w4"])

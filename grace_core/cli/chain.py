@@ -66,15 +66,15 @@ class Chain:
         return self._once("bf16", lambda: stages.distill(self.config, data, teacher, self._context))
 
     def quantized(self, precision: Precision) -> Artifact:
-        data, teacher, bf16 = self.data(), self._teaching(), self.bf16()
+        data, teacher, bf16 = self.data(), self._teaching(), self._start()
         return self._once(
             precision,
             lambda: stages.quantize(self.config, precision, data, teacher, bf16, self._context),
         )
 
     def students(self) -> dict[str, Artifact]:
-        """By label: bf16 and the configured precisions."""
-        bf16 = {"bf16": self.bf16()}
+        """By label: bf16, unless a quantized checkpoint is gone on from, and the precisions."""
+        bf16 = {"bf16": self.bf16()} if "bf16" in self.config.students else {}
         return bf16 | {name: self.quantized(name) for name in self.config.quantize.variants}
 
     def releases(self) -> dict[str, Artifact]:
@@ -99,6 +99,10 @@ class Chain:
             "publish",
             lambda: stages.publish(self.config, releases, evaluations, self._context, approval),
         )
+
+    def _start(self) -> Artifact | None:
+        """What quantized students start from; None: the checkpoint that `quantize.start` names."""
+        return self.bf16() if "bf16" in self.config.students else None
 
     def _fitted_teacher(self) -> Artifact | None:
         return None if self.config.teacher_fit is None else self.teacher()

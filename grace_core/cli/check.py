@@ -105,12 +105,12 @@ def _stages(config: GraceConfig) -> Table:
         rows, row = stage.training.rows_per_step, stage.training.row_tokens
         table.add_row(
             name,
-            starts.get(name, "bf16"),
+            starts.get(name, "bf16" if config.quantize.start is None else "quantize.start"),
             _length(stage.training),
             f"{rows:,} x {row:,} tokens",
             _loss(stage.objective),
         )
-    labels = ", ".join(["bf16", *config.quantize.variants])
+    labels = ", ".join(config.students)
     items = "all" if config.evaluation.items is None else f"{config.evaluation.items:,}"
     table.add_row("release", labels)
     table.add_row("evaluate", "every model", f"{items} questions")

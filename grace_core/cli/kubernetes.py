@@ -120,7 +120,8 @@ def _planned(config: GraceConfig, stage: TrainingStageName) -> TrainingPlan:
         teacher = stages.record_teacher(config, data, teacher, done)
     if stage == "bf16":
         return plan_bf16(config, data, teacher)
-    bf16 = stages.distill(config, data, teacher, done)
+    trained = "bf16" in config.students
+    bf16 = stages.distill(config, data, teacher, done) if trained else None
     return plan_quantized(config, stage, data, teacher, bf16)
 
 

@@ -39,4 +39,4 @@ def _make(plan: Plan, stage: str, made: dict[str, Artifact], context: StageConte
     if stage.startswith("release-"):
         return stages.release(config, made[stage.removeprefix("release-")], context)
     precision = cast(Precision, stage)
-    return stages.quantize(config, precision, made["data"], teacher, made["bf16"], context)
+    return stages.quantize(config, precision, made["data"], teacher, made.get("bf16"), context)

@@ -269,6 +269,11 @@ class Quantization(TrainingStage):
 
     variants: tuple[Precision, ...] = Field(("w8", "w4"), min_length=1)
     group_size: PositiveInt = Field(128, description="consecutive weights that share one scale")
+    start: CheckpointSource | None = Field(
+        None,
+        description="quantized checkpoint, as `grace import` makes, to train on from with its "
+        "scales; then no BF16 student is trained",
+    )
     awq: bool = Field(
         True,
         description="release W4 as AWQ GEMM too, for runtimes that read it; an error where a scale "
@@ -575,6 +580,11 @@ class GraceConfig(Section):
         learners = (self.distill, self.quantize)
         needed = any(stage.objective.needs_teacher for stage in learners)
         return self.teacher_outputs is not None and needed
+
+    @property
+    def students(self) -> tuple[str, ...]:
+        """Labels of the models that a run trains and releases."""
+        return (*(() if self.quantize.start else ("bf16",)), *self.quantize.variants)
 
     @field_validator("run_dir")
     @classmethod

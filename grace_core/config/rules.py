@@ -89,6 +89,15 @@ def _variants_once(config: GraceConfig) -> Iterator[str]:
     yield from _named_twice("quantize.variants", config.quantize.variants)
 
 
+def _one_width_to_go_on_with(config: GraceConfig) -> Iterator[str]:
+    variants = config.quantize.variants
+    if config.quantize.start is not None and len(variants) > 1:
+        yield (
+            f"quantize.start: a checkpoint has one width, but quantize.variants are "
+            f"{', '.join(variants)}; name the one that the checkpoint has"
+        )
+
+
 def _benchmarks_once(config: GraceConfig) -> Iterator[str]:
     names = [benchmark.name for benchmark in config.evaluation.benchmarks]
     yield from _named_twice("evaluation.benchmarks", names)
@@ -280,6 +289,7 @@ _RULES: tuple[Rule, ...] = (
     _pixels_in_order,
     _annotations_once,
     _variants_once,
+    _one_width_to_go_on_with,
     _benchmarks_once,
     _benchmarks_from_one_place,
     _gate_asks_for_what_is_measured,

@@ -95,10 +95,13 @@ def _releases(config: GraceConfig, student: Checkpoint) -> list[Part]:
     assert student.parameters is not None
     quantized, group = student.quantized_weights(), config.quantize.group_size
     whole = student.parameters * BF16
-    found = [Part("release bf16", whole, "artifacts/release-bf16-*", 20)]
+    found = []
+    if "bf16" in config.students:
+        found.append(Part("release bf16", whole, "artifacts/release-bf16-*", 20))
     for name in config.quantize.variants:
         a_weight = BITS[name] / 8 + _SCALE_BYTES / group
         size = whole - quantized * BF16 + quantized * a_weight
+        size *= 2 if name == "w4" and config.quantize.awq else 1  # in two forms
         found.append(Part(f"release {name}", size, f"artifacts/release-{name}-*", 20))
     return found
 

@@ -49,7 +49,8 @@ def training_stages(config: GraceConfig) -> dict[str, TrainingStage]:
     stages: dict[str, TrainingStage] = {}
     if config.teacher_fit is not None:
         stages["teacher"] = config.teacher_fit
-    stages["bf16"] = config.distill
+    if "bf16" in config.students:
+        stages["bf16"] = config.distill
     return stages | {name: config.quantize for name in config.quantize.variants}
 
 

@@ -53,7 +53,9 @@ def release_facts(
         repository=repository_name(config, label) + suffix,
         precision=precision,
         form="safetensors" if label == "bf16" else forms[suffix],
-        base_model=settings.base_model if label == "bf16" else repository_name(config, "bf16"),
+        base_model=repository_name(config, "bf16")
+        if label != "bf16" and "bf16" in config.students
+        else settings.base_model,
         backbone=settings.base_model,
         teacher=settings.teacher_model,
         dataset=settings.dataset,

@@ -81,10 +81,13 @@ def quantize(
     precision: Precision,
     data: Artifact,
     teacher: Artifact | None,
-    bf16: Artifact,
+    bf16: Artifact | None,
     context: StageContext,
 ) -> Artifact:
-    """Stages `w8` and `w4`: the BF16 student is trained on with its weights quantized."""
+    """Stages `w8` and `w4`: the BF16 student is trained on with its weights quantized.
+
+    bf16: None where `quantize.start` names a quantized checkpoint to go on from.
+    """
     return _train(config, plan_quantized(config, precision, data, teacher, bf16), context)
 
 

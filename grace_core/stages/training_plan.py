@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from grace_core.artifacts import Artifact, Parent, fingerprint
-from grace_core.config.model import GraceConfig, Precision, Quantization, TrainingStage
+from grace_core.config.model import BITS, GraceConfig, Precision, Quantization, TrainingStage
 from grace_core.data.prepare import TRAIN
+from grace_core.errors import GraceError
 from grace_core.models.loading import CheckpointFolder, locate_checkpoint, read_checkpoint
+from grace_core.quantization.checkpoint import load_scales
 from grace_core.stages.once import checkpoint_parent, stage_folder
 from grace_core.training.job import RankJob, TeacherJob, TrainingJob, work_folder
 from grace_core.whole_files import write_whole
@@ -109,15 +111,35 @@ def plan_quantized(
     precision: Precision,
     data: Artifact,
     teacher: Artifact | None,
-    bf16: Artifact,
+    bf16: Artifact | None,
 ) -> TrainingPlan:
-    """Stages `w8` and `w4`; teacher: as for `plan_bf16`."""
-    start = read_checkpoint(bf16.path / "model")
-    parents = {"student": bf16.as_parent(), "data": data.as_parent()}
+    """Stages `w8` and `w4`; teacher: as for `plan_bf16`.
+
+    bf16: None where `quantize.start` names a quantized checkpoint to go on from.
+    """
+    if config.quantize.start is not None:
+        start = locate_checkpoint(config.quantize.start)
+        _check_start(start.path, precision, config.quantize.group_size)
+        parents = {"student": checkpoint_parent(start), "data": data.as_parent()}
+    else:
+        assert bf16 is not None, "without quantize.start, the BF16 student is trained first"
+        start = read_checkpoint(bf16.path / "model")
+        parents = {"student": bf16.as_parent(), "data": data.as_parent()}
     teaching = None
     if config.quantize.objective.needs_teacher:
         teaching, parents["teacher"] = _teaching(config, teacher)
     return _plan(config, precision, config.quantize, start, teaching, data, parents, precision)
+
+
+def _check_start(folder: Path, precision: Precision, group_size: int) -> None:
+    """Raise GraceError where the checkpoint's quantizer is not the one that is to be trained."""
+    found = load_scales(folder)
+    if (found.bits, found.group_size) != (BITS[precision], group_size):
+        raise GraceError(
+            f"quantize.start: {folder} has {found.bits}-bit codes in groups of {found.group_size}, "
+            f"the run trains {precision} in groups of {group_size}; set quantize.variants and "
+            "quantize.group_size to what the checkpoint has"
+        )
 
 
 def write_job(job: RankJob) -> Path:

@@ -38,7 +38,6 @@ from grace_core.models.fused_forward import choose_forward
 from grace_core.models.loading import CheckpointFolder, check_pair, load_model, read_checkpoint
 from grace_core.models.rows import PackedRow
 from grace_core.models.visual_inputs import VisualInputs, check_same_tokens
-from grace_core.quantization.convert import convert
 from grace_core.quantization.cycle import QuantizationCycle
 from grace_core.quantization.scales import ScaleBank
 from grace_core.training import checkpoint as checkpoints
@@ -53,6 +52,7 @@ from grace_core.training.optimizer import (
     weight_optimizer,
 )
 from grace_core.training.planned_rows import PlannedRows, RankPlan, RecordedRow, row_loader
+from grace_core.training.quantized_start import quantized_start
 from grace_core.training.recompute import (
     choose_recomputed_layers,
     recompute_layers,
@@ -111,12 +111,7 @@ class Trainer:
         self.bank: ScaleBank | None = None
         self.scale_optimizer: torch.optim.AdamW | None = None
         if job.precision is not None:
-            self.bank = convert(
-                model,
-                decoder_prefix=self.family.decoder,
-                bits=job.bits,
-                group_size=job.group_size,
-            )
+            self.bank = quantized_start(model, job, self.family)
             self.scale_optimizer = scale_optimizer(self.bank, training)
         self.cycle = _quantization_cycle(model, self.bank, training.zero_stage)
         self.student = StudentObjective(
