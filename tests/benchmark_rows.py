@@ -67,6 +67,34 @@ SCHEMAS = {
         image=pa.list_(PICTURE),
         segment=pa.list_(pa.int64()),
     ),
+    "vqav2": text_schema(
+        *("question_type", "multiple_choice_answer", "answer_type", "question"),
+        answers=pa.list_(
+            pa.struct(
+                [
+                    ("answer", pa.string()),
+                    ("answer_confidence", pa.string()),
+                    ("answer_id", pa.int64()),
+                ]
+            )
+        ),
+        image_id=pa.int64(),
+        question_id=pa.int64(),
+        image=PICTURE,
+    ),
+    "textvqa": text_schema(
+        *("image_id", "question", "set_name"),
+        question_id=pa.int32(),
+        answers=pa.list_(pa.string()),
+        image=PICTURE,
+    ),
+    "vizwiz": text_schema(
+        *("question_id", "question", "category"), answers=pa.list_(pa.string()), image=PICTURE
+    ),
+    "pope": text_schema(
+        *("id", "question_id", "question", "answer", "image_source", "category"), image=PICTURE
+    ),
+    "mme": text_schema("question_id", "question", "answer", "category", image=PICTURE),
     "mmstar": text_schema(
         *("question", "answer", "category", "l2_category"),
         index=pa.int64(),
@@ -179,6 +207,62 @@ ROWS: dict[str, list[dict[str, Any]]] = {
             ("video", 10, [GREEN, GREEN]),
             ("image", 5, [BLUE]),
         )
+    ],
+    "vqav2": [
+        {
+            "question_type": "what",
+            "multiple_choice_answer": "net",
+            "answers": [
+                {"answer": text, "answer_confidence": "yes", "answer_id": number}
+                for number, text in enumerate(["net"] * 7 + ["a Net.", "mesh", "mesh"], start=1)
+            ],
+            "image_id": 5,
+            "answer_type": "other",
+            "question_id": 262148000,
+            "question": "What is it?",
+            "image": cell(RED),
+        }
+    ],
+    "textvqa": [
+        {
+            "image_id": "003a",
+            "question_id": 34602,
+            "question": "what brand?",
+            "answers": ["nokia"] * 9 + ["toshiba"],
+            "set_name": "val",
+            "image": cell(GREEN),
+        }
+    ],
+    "vizwiz": [
+        {
+            "question_id": "VizWiz_val_00000000.jpg",
+            "question": "Ok. What is it?",
+            "answers": ["unanswerable"] * 10,
+            "category": "unanswerable",
+            "image": cell(BLUE),
+        }
+    ],
+    "pope": [
+        {
+            "id": str(number),
+            "question_id": "1",
+            "question": "Is there a dog in the image?",
+            "answer": answer,
+            "image_source": "COCO_val2014_000000310196",
+            "category": category,
+            "image": cell(RED),
+        }
+        for number, (answer, category) in enumerate([("yes", "random"), ("no", "adversarial")])
+    ],
+    "mme": [
+        {
+            "question_id": "code_reasoning/0020.png",
+            "question": f"Is it {number}? Please answer yes or no.",
+            "answer": answer,
+            "category": "code_reasoning",
+            "image": cell(GREEN),
+        }
+        for number, answer in ((1, "Yes"), (2, "No"))
     ],
     "mmstar": [
         {

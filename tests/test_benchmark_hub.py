@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from grace_core.evaluation.items import Item
 from grace_core.evaluation.loading.data_files import files_of_split, read_front_matter
 from grace_core.evaluation.loading.place import Wanted, locate, resolve_revision
 from grace_core.evaluation.loading.rows import load_items
-from tests.benchmark_rows import ROWS, SCHEMAS
+from tests.benchmark_rows import BLUE, PICTURE, RED, ROWS, SCHEMAS, cell
 from tests.hub_server import Blob, Hub, Repository, running_hub
 
 TOKEN = "hf_NeverToBeSeenAnywhere"
@@ -39,8 +39,12 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
 
 
 def parquet(name: str, *rows: dict[str, Any]) -> Blob:
+    return written(rows, SCHEMAS[name])
+
+
+def written(rows: Sequence[dict[str, Any]], schema: pa.Schema) -> Blob:
     stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(list(rows), schema=SCHEMAS[name]), stream)
+    pq.write_table(pa.Table.from_pylist(list(rows), schema=schema), stream)
     return Blob(stream.getvalue(), large=True)
 
 
@@ -105,17 +109,51 @@ def test_several_splits_follow_one_another(hub: Hub) -> None:
     """The second has no column of pictures at all."""
     pictured, plain = ROWS["hallusionbench"]
     without = pa.schema([each for each in SCHEMAS["hallusionbench"] if each.name != "image"])
-    stream = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([plain], schema=without), stream)
     files = {
         "README.md": card(("default", {"image": "data/image-*", "non_image": "data/non_image-*"})),
         "data/image-00000-of-00001.parquet": parquet("hallusionbench", pictured),
-        "data/non_image-00000-of-00001.parquet": Blob(stream.getvalue(), large=True),
+        "data/non_image-00000-of-00001.parquet": written([plain], without),
     }
     offer(hub, "lmms-lab/HallusionBench", files)
     items = load("hallusionbench")
     assert [len(item.question.pictures) for item in items] == [1, 0]
     assert len(load("hallusionbench", split="image")) == 1
+
+
+def test_pictures_of_a_table_of_their_own_are_found_by_id(hub: Hub) -> None:
+    """GQA: 12578 questions name 398 pictures of another configuration."""
+    columns = [(name, pa.string()) for name in ("id", "imageId", "question", "answer")]
+    types = pa.struct([(name, pa.string()) for name in ("detailed", "semantic", "structural")])
+    schema = pa.schema([*columns, ("types", types)])
+    row = {"id": "201307251", "imageId": "n161313", "question": "Is it wet?", "answer": "no"}
+    rows = [{**row, "types": {"detailed": "x", "semantic": "attr", "structural": "verify"}}]
+    shown = [{"id": "n161313", "image": cell(BLUE)}, {"id": "n1", "image": cell(RED)}]
+    files = {
+        "README.md": card(
+            ("testdev_balanced_images", {"testdev": "testdev_balanced_images/testdev-*"}),
+            (
+                "testdev_balanced_instructions",
+                {"testdev": "testdev_balanced_instructions/testdev-*"},
+            ),
+        ),
+        "testdev_balanced_images/testdev-00000-of-00001.parquet": written(
+            shown, pa.schema([("id", pa.string()), ("image", PICTURE)])
+        ),
+        "testdev_balanced_instructions/testdev-00000-of-00001.parquet": written(
+            [*rows, {**rows[0], "id": "2", "imageId": "n1"}],
+            pa.schema([*columns, ("types", types)]),
+        ),
+    }
+    offer(hub, "lmms-lab/GQA", files)
+    items = load("gqa")
+    assert [item.question.pictures[0].encoded() for item in items] == [BLUE, RED]
+    assert items[0].gold.fields == {"semantic": "attr", "structural": "verify"}
+    bad = written([{**rows[0], "imageId": "n2"}], schema)
+    name = "testdev_balanced_instructions/testdev-00000-of-00001.parquet"
+    offer(hub, "lmms-lab/GQA", {**files, name: bad})
+    resolve_revision.cache_clear()
+    with pytest.raises(GraceError, match="its picture 'n2' is neither"):
+        load("gqa")
 
 
 def test_a_revision_stays_what_it_was(hub: Hub) -> None:

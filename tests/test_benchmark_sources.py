@@ -1,4 +1,4 @@
-"""The seven benchmarks from parquet, Arrow, JSON Lines and TSV: the same questions from each."""
+"""The benchmarks from parquet, Arrow, JSON Lines and TSV: the same questions from each."""
 
 from __future__ import annotations
 
@@ -76,6 +76,14 @@ PROMPTS = {
         f"[red]Which?\nA. AA\nB. BB\nC. CC\nD. DD\n{LETTER}",
         f"[blue]Which?\nA. AA\nB. BB\nC. CC\nD. DD\n{LETTER}",
     ],
+    "vqav2": [f"[red]What is it?\n{SHORT}"],
+    "textvqa": [f"[green]what brand?\n{SHORT}"],
+    "vizwiz": [
+        "[blue]Ok. What is it?\nWhen the provided information is insufficient, respond with "
+        f"'Unanswerable'.\n{SHORT}"
+    ],
+    "pope": [f"[red]Is there a dog in the image?\n{SHORT}"] * 2,
+    "mme": [f"[green]Is it {number}?\n{SHORT}" for number in (1, 2)],
     "mmstar": [
         "[red]Which?\nOptions: A: red, B: None, C: x, D: y\n" + LETTER.removesuffix("."),
     ]
@@ -88,6 +96,11 @@ GOLDS = {
     "ai2d": [("D",)],
     "mmmu": [("B",), ("1/2", "0.5")],
     "seedbench": [("C",), ("C",)],
+    "vqav2": [(*("net",) * 7, "a Net.", "mesh", "mesh")],
+    "textvqa": [(*("nokia",) * 9, "toshiba")],
+    "vizwiz": [("unanswerable",) * 10],
+    "pope": [("Yes",), ("No",)],
+    "mme": [("Yes",), ("No",)],
     "mmstar": [("B",), ("B",)],
 }
 IDS = {
@@ -98,6 +111,11 @@ IDS = {
     "mmmu": ["validation_Music_1", "validation_Math_15"],
     # The row left out counts where ids repeat, as it does in the recorded sets.
     "seedbench": ["49914", "49914#3"],
+    "vqav2": ["262148000"],
+    "textvqa": ["34602"],
+    "vizwiz": ["VizWiz_val_00000000.jpg"],
+    "pope": ["random_1", "adversarial_1"],
+    "mme": ["code_reasoning/0020.png", "code_reasoning/0020.png#2"],
     "mmstar": ["0", "1"],
 }
 

@@ -61,6 +61,12 @@ BenchmarkName = Literal[
     "mmmu",
     "seedbench",
     "mmstar",
+    "vqav2",
+    "gqa",
+    "textvqa",
+    "vizwiz",
+    "pope",
+    "mme",
     "toy-choice",
     "toy-yesno",
 ]

@@ -60,6 +60,13 @@ class Reading:
     """What it says, such as a letter; "" where nothing can be read, a parse failure."""
 
     correct: bool
+    credit: float | None = None
+    """What the answer counts, in [0, 1], where it may be partly right; None: all or nothing."""
+
+    @property
+    def counts(self) -> float:
+        """In [0, 1]."""
+        return float(self.correct) if self.credit is None else self.credit
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,13 @@ class Metric:
     percent: float
     correct: int | None = None
     total: int | None = None
+    points: float | None = None
+    """What the authors report where that is no per cent."""
+
+    def to_dict(self) -> dict[str, float | int | None]:
+        """Percent and counts; points where there are any."""
+        points = {} if self.points is None else {"points": self.points}
+        return {"percent": self.percent, "correct": self.correct, "total": self.total, **points}
 
 
 Metrics = dict[str, Metric]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from math import fsum
 
 from grace_core.evaluation.declaration import Marked, Metric, Metrics
 from grace_core.evaluation.items import Gold
@@ -21,6 +22,12 @@ def share(name: str, marked: Iterable[Marked]) -> Metrics:
     """Right answers among those that were judged; no metric where there are none."""
     flags = [each.reading.correct for each in marked if each.reading is not None]
     return {name: _share(flags)} if flags else {}
+
+
+def mean_credit(name: str, marked: Iterable[Marked]) -> Metrics:
+    """Mean of what answers count, which may be partly right; no metric where there are none."""
+    counts = [each.reading.counts for each in marked if each.reading is not None]
+    return {name: Metric(100.0 * fsum(counts) / len(counts))} if counts else {}
 
 
 def by_field(

@@ -154,7 +154,7 @@ class BenchmarkScore:
             "headline": headlines[0] if headlines else None,
             "further_headlines": headlines[1:],
             "headline_refused": self.headline_refused,
-            "metrics": {name: vars(metric) for name, metric in self.metrics.items()},
+            "metrics": {name: metric.to_dict() for name, metric in self.metrics.items()},
         }
 
 

@@ -5,14 +5,11 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from grace_core.evaluation.answers.punctuation import PERIODS_REMOVED, drop_marks
+
 YesNo = Literal["Yes", "No", "Unknown"]
 
-_PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'
 _PERIOD = re.compile(r"(?<!\d)\.(?!\d)")
-_PERIODS_REMOVED = 32
-"""A flag was passed there as the count: from the 33rd on, periods stay part of their words."""
-
-_DIGIT_COMMA = re.compile(r"\d,\d")
 
 
 def extract_yes_no(response: str) -> YesNo:
@@ -20,17 +17,8 @@ def extract_yes_no(response: str) -> YesNo:
 
     "*", ":" and "'" are no punctuation there: "**Yes**" and "Answer:Yes" hold no such word.
     """
-    words = set(_without_punctuation(response.lower()).split())
+    spaced = drop_marks(response.lower())
+    words = set(_PERIOD.sub("", spaced, count=PERIODS_REMOVED).split())
     if ("yes" in words) == ("no" in words):
         return "Unknown"
     return "Yes" if "yes" in words else "No"
-
-
-def _without_punctuation(text: str) -> str:
-    """The VQA evaluation's rule: a mark next to a space vanishes, any other becomes a space."""
-    always_drop = _DIGIT_COMMA.search(text) is not None
-    cleaned = text
-    for mark in _PUNCTUATION:
-        drop = always_drop or f"{mark} " in text or f" {mark}" in text
-        cleaned = cleaned.replace(mark, "" if drop else " ")
-    return _PERIOD.sub("", cleaned, count=_PERIODS_REMOVED)

@@ -6,13 +6,17 @@ import difflib
 
 from grace_core.errors import GraceError
 from grace_core.evaluation.benchmarks.ai2d import AI2D, AI2D_NO_MASK
+from grace_core.evaluation.benchmarks.gqa import GQA
 from grace_core.evaluation.benchmarks.hallusionbench import HALLUSIONBENCH
 from grace_core.evaluation.benchmarks.mmbench import MMBENCH
+from grace_core.evaluation.benchmarks.mme import MME
 from grace_core.evaluation.benchmarks.mmmu import MMMU
 from grace_core.evaluation.benchmarks.mmstar import MMSTAR
+from grace_core.evaluation.benchmarks.pope import POPE
 from grace_core.evaluation.benchmarks.scienceqa import SCIENCEQA
 from grace_core.evaluation.benchmarks.seedbench import SEEDBENCH
 from grace_core.evaluation.benchmarks.toy import TOY_CHOICE, TOY_YESNO
+from grace_core.evaluation.benchmarks.vqa import TEXTVQA, VIZWIZ, VQAV2
 from grace_core.evaluation.declaration import Benchmark
 
 BENCHMARKS: dict[str, Benchmark] = {
@@ -26,11 +30,17 @@ BENCHMARKS: dict[str, Benchmark] = {
         MMMU,
         SEEDBENCH,
         MMSTAR,
+        VQAV2,
+        GQA,
+        TEXTVQA,
+        VIZWIZ,
+        POPE,
+        MME,
         TOY_CHOICE,
         TOY_YESNO,
     )
 }
-"""By name, in the model card's order."""
+"""By name: the model card's seven in its order, the paper's other sets, the toy ones."""
 
 
 def find_benchmark(name: str) -> Benchmark:
