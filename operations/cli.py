@@ -13,8 +13,9 @@ import typer
 from grace_core.cli.app import app, console, main
 from operations.doctor import doctor
 from operations.lineage_commands import lineage, reproduce
+from operations.zoo_commands import zoo
 
-__all__ = ["app", "doctor", "lineage", "main", "reproduce"]
+__all__ = ["app", "doctor", "lineage", "main", "reproduce", "zoo"]
 
 _SERVERS = "Servers"
 

@@ -77,6 +77,12 @@ class Records:
             raise GraceError(f"several digests start with {name}; give more digits:{listed}")
         return chosen[0]
 
+    def released(self) -> list[LoggedModel]:
+        """Every model that a release stage made, oldest first."""
+        found = self._models(f"tags.`{STAGE}` LIKE 'release-%'")
+        made = [model for model in found if model.source_run_id]
+        return sorted(made, key=lambda model: model.creation_timestamp)
+
     def _registered(self, name: str) -> LoggedModel:
         base, _, alias = name.partition("@")
         try:

@@ -6,6 +6,7 @@ from grace_core.cli.bench_decode import decode
 from grace_core.cli.benchmarks import benchmark
 from grace_core.cli.checkpoints import import_, pack
 from grace_core.cli.kubernetes import kubernetes
+from grace_core.cli.publish import publish
 from grace_core.cli.report import report
 from grace_core.cli.scoring import extract, score
 
@@ -18,6 +19,7 @@ __all__ = [
     "kubernetes",
     "main",
     "pack",
+    "publish",
     "report",
     "score",
 ]

@@ -53,7 +53,7 @@ toy = typer.Typer(no_args_is_help=True, help="Make the toy world: pictures, ques
 app.add_typer(toy, name="toy", rich_help_panel="Toy world")
 console = Console()
 
-_STAGE = "One stage (the stages it needs run first; finished ones are kept)"
+STAGE_PANEL = "One stage (the stages it needs run first; finished ones are kept)"
 
 ConfigFile = Annotated[
     Path,
@@ -114,14 +114,14 @@ def run(config: ConfigFile, settings: Settings = None) -> None:
     Stopped at any point, the same command continues: finished stages are kept, and a training
     goes on from its last checkpoint.
     """
-    with _chain(config, settings, "publish") as chain:
+    with running(config, settings, "publish") as chain:
         evaluations, report = chain.evaluations(), chain.report()
         waits = chain.config.publish.enabled and chain.config.publish.approval
         published = None if waits else chain.publication()
     _show_table(evaluations)
     _show_report(report)
     if published is not None:
-        _show_releases(published)
+        show_releases(published)
     else:
         console.print(
             "\nNothing is published yet: publish.approval is true. Look at the results, then\n  "
@@ -131,32 +131,34 @@ def run(config: ConfigFile, settings: Settings = None) -> None:
         )
 
 
-@app.command(rich_help_panel=_STAGE)
+@app.command(rich_help_panel=STAGE_PANEL)
 def data(config: ConfigFile, settings: Settings = None) -> None:
     """Prepare the training data: tokens and pictures, unusable records in quarantine."""
-    with _chain(config, settings, "data") as chain:
+    with running(config, settings, "data") as chain:
         _show_metrics({"data": chain.data()})
 
 
-@app.command(rich_help_panel=_STAGE)
+@app.command(rich_help_panel=STAGE_PANEL)
 def teacher(config: ConfigFile, settings: Settings = None) -> None:
     """Fit the teacher to the data, and record what it says of them (sections teacher_fit and
     teacher_outputs)."""
-    with _chain(config, settings, "teacher") as chain:
+    with running(config, settings, "teacher") as chain:
         made = {} if chain.config.teacher_fit is None else {"teacher": chain.teacher()}
         if chain.config.records_teacher:
             made["teacher-outputs"] = chain.teacher_outputs()
         _show_metrics(made or {"teacher": chain.teacher()})
 
 
-@app.command(rich_help_panel=_STAGE)
+@app.command(rich_help_panel=STAGE_PANEL)
 def distill(config: ConfigFile, settings: Settings = None) -> None:
     """Train the BF16 student."""
-    with _chain(config, settings, "distill") as chain:
+    with running(config, settings, "distill") as chain:
         _show_metrics({"bf16": chain.bf16()})
 
 
-@app.command(rich_help_panel=_STAGE, epilog="Example: grace quantize configs/toy.yaml --variant w4")
+@app.command(
+    rich_help_panel=STAGE_PANEL, epilog="Example: grace quantize configs/toy.yaml --variant w4"
+)
 def quantize(
     config: ConfigFile,
     settings: Settings = None,
@@ -171,48 +173,24 @@ def quantize(
 ) -> None:
     """Train the quantized students, starting from the BF16 student."""
     chosen = [f"quantize.variants=[{','.join(variant)}]"] if variant else []
-    with _chain(config, [*(settings or []), *chosen], "quantize") as chain:
+    with running(config, [*(settings or []), *chosen], "quantize") as chain:
         _show_metrics({name: chain.quantized(name) for name in chain.config.quantize.variants})
 
 
-@app.command(rich_help_panel=_STAGE)
+@app.command(rich_help_panel=STAGE_PANEL)
 def release(config: ConfigFile, settings: Settings = None) -> None:
     """Write the students in the form that users load, and prove it equal to what was trained."""
-    with _chain(config, settings, "release") as chain:
+    with running(config, settings, "release") as chain:
         _show_metrics(chain.releases())
 
 
-@app.command(rich_help_panel=_STAGE)
+@app.command(rich_help_panel=STAGE_PANEL)
 def evaluate(config: ConfigFile, settings: Settings = None) -> None:
     """Score teacher, baseline and releases on the benchmarks."""
-    with _chain(config, settings, "evaluate") as chain:
+    with running(config, settings, "evaluate") as chain:
         evaluations, report = chain.evaluations(), chain.report()
     _show_table(evaluations)
     _show_report(report)
-
-
-@app.command(rich_help_panel=_STAGE)
-def publish(
-    config: ConfigFile,
-    settings: Settings = None,
-    approved_by: Annotated[
-        str | None,
-        typer.Option(
-            help="Who has looked at the results; needed where publish.approval is true.",
-            show_default=False,
-        ),
-    ] = None,
-) -> None:
-    """Send the releases with their model cards to a directory or the Hugging Face Hub.
-
-    For the Hub, the environment variable HF_TOKEN holds the token.
-    """
-    from grace_core.publish.approval import Approval
-
-    approval = Approval.now(approved_by) if approved_by else None
-    with _chain(config, settings, "publish") as chain:
-        published = chain.publication(approval)
-    _show_releases(published)
 
 
 @toy.command("world", epilog="Example: grace toy world runs/world --records 100")
@@ -269,10 +247,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 @contextmanager
-def _chain(config: Path, settings: list[str] | None, goal: Goal) -> Iterator[Chain]:
+def running(
+    config: Path, settings: list[str] | None, goal: Goal, *, finished_only: bool = False
+) -> Iterator[Chain]:
     """The configuration's stages, shown while they run; what ends them early is reported.
 
     goal: what the command asks for, which decides how many stages there are on the way.
+    finished_only: a stage that is not done is an error, and nothing runs.
     """
     resolved = load_config(config, settings or [])
     os.environ.setdefault("TQDM_DISABLE", "1")  # bars of other libraries would tear ours apart
@@ -287,7 +268,7 @@ def _chain(config: Path, settings: list[str] | None, goal: Goal) -> Iterator[Cha
             from grace_core.cli.chain import Chain
             from grace_core.cli.live import LiveProgress
         with LiveProgress(console, meter) as progress:
-            yield Chain(resolved, progress)
+            yield Chain(resolved, progress, finished_only=finished_only)
     except KeyboardInterrupt as interrupt:
         told = "interrupted; the same command continues where it stopped"
         report = _report(interrupt, resolved.run_dir, meter)
@@ -353,7 +334,7 @@ def _show_report(report: Artifact) -> None:
     console.print(f"Report: {page}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _show_releases(published: Artifact) -> None:
+def show_releases(published: Artifact) -> None:
     import json
 
     results = json.loads((published.path / "results.json").read_text(encoding="utf-8"))

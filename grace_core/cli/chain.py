@@ -14,6 +14,8 @@ from grace_core.config.model import GraceConfig, Precision
 from grace_core.errors import GraceError
 from grace_core.events import Event
 from grace_core.publish.approval import Approval
+from grace_core.publish.preview import Preview, preview
+from grace_core.publish.release_set import FROM_ENVIRONMENT, HubAccess, contents_of
 from grace_core.stages import StageContext
 
 
@@ -33,10 +35,13 @@ class Observer(Protocol):
 class Chain:
     """The artifacts of one configuration, made when they are asked for."""
 
-    def __init__(self, config: GraceConfig, observer: Observer) -> None:
+    def __init__(
+        self, config: GraceConfig, observer: Observer, *, finished_only: bool = False
+    ) -> None:
+        """finished_only: a stage that is not done is an error."""
         self.config = config
         self._observer = observer
-        self._context = StageContext(observer.on_event)
+        self._context = StageContext(observer.on_event, finished_only)
         self._found: dict[str, Artifact] = {}
 
     def data(self) -> Artifact:
@@ -92,13 +97,22 @@ class Chain:
         evaluations = self.evaluations()
         return self._once("report", lambda: stages.report(self.config, evaluations, self._context))
 
-    def publication(self, approval: Approval | None = None) -> Artifact:
+    def publication(
+        self, approval: Approval | None = None, access: HubAccess = FROM_ENVIRONMENT
+    ) -> Artifact:
         releases, evaluations = self.releases(), self.evaluations()
         self.report()
         return self._once(
             "publish",
-            lambda: stages.publish(self.config, releases, evaluations, self._context, approval),
+            lambda: stages.publish(
+                self.config, releases, evaluations, self._context, approval, access
+            ),
         )
+
+    def preview(self, access: HubAccess) -> Preview:
+        """What the publication of the finished releases would do."""
+        contents = contents_of(self.config, self.releases(), self.evaluations())
+        return preview(self.config, contents, access)
 
     def _start(self) -> Artifact | None:
         """What quantized students start from; None: the checkpoint that `quantize.start` names."""

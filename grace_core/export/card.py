@@ -65,6 +65,8 @@ def release_manifest(release: Release, results: Results) -> str:
         "precision": release.precision,
         "form": release.form,
         "base_model": release.base_model,
+        "backbone": release.backbone,
+        "teacher": release.teacher,
         "dataset": release.dataset,
         "licence": release.licence,
         "scores": dict(results.scores),

@@ -1,0 +1,128 @@
+"""The Hub's token in a flow: from a Prefect Secret block to the Hub, and to no other place."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import mlflow
+import pytest
+from huggingface_hub import constants
+from prefect.blocks.system import Secret
+from prefect.settings import PREFECT_HOME
+from prefect.testing.utilities import prefect_test_harness
+
+from flows.pipeline import grace
+from grace_core.artifacts import Artifact
+from grace_core.config.model import GraceConfig
+from grace_core.errors import GraceError
+from grace_core.publish.approval import Approval
+from grace_core.publish.release_set import FROM_ENVIRONMENT, HubAccess
+from grace_core.stages import StageContext
+from tests.hub_server import Hub, running_hub
+from tests.publishing import TOKEN, published, release, send, target
+from tests.stand_in_stages import StandIns
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).resolve().parent.parent
+SECRET = "token-of-the-hub"
+
+
+class Publishing(StandIns):
+    """Stages that stand in, but for the last: it really sends something to a Hub."""
+
+    def __init__(self, hub: Hub, folder: Path) -> None:
+        super().__init__()
+        self._hub, self._folder = hub, folder
+
+    def publish(
+        self,
+        config: GraceConfig,
+        releases: Mapping[str, Artifact],
+        evaluations: Mapping[str, Artifact],
+        context: StageContext,
+        approval: Approval | None = None,
+        access: HubAccess = FROM_ENVIRONMENT,
+    ) -> Artifact:
+        send(release(self._folder, "1"), target(self._hub, token=access.token))
+        return super().publish(config, releases, evaluations, context, approval, access)
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> Iterator[list[Path]]:
+    """Everything that is written: the run, MLflow's records and files, Prefect's database."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.create_experiment("secrets", artifact_location=str(tmp_path / "artifacts"))
+    with prefect_test_harness(server_startup_timeout=180):
+        Secret(value=TOKEN).save(SECRET)
+        yield [tmp_path, Path(PREFECT_HOME.value())]
+    mlflow.set_tracking_uri(before)
+
+
+def holders(places: list[Path]) -> list[Path]:
+    """Files that the token stands in."""
+    files = {
+        Path(folder) / name
+        for place in places
+        for folder, _, names in os.walk(place)
+        for name in names
+    }
+    assert any(file.suffix == ".db" and "mlflow" in file.name for file in files)
+    return [file for file in files if file.is_file() and TOKEN.encode() in file.read_bytes()]
+
+
+def test_the_token_reaches_the_hub_and_nothing_else(
+    places: list[Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for name, value in {
+        "HF_HUB_OFFLINE": False,
+        "HF_HUB_DISABLE_XET": True,
+        "HF_HUB_DISABLE_TELEMETRY": True,
+    }.items():
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.chdir(ROOT)
+    with running_hub(TOKEN) as hub:
+        Publishing(hub, tmp_path / "models").install(monkeypatch)
+        where = (
+            f"{{kind: hub, namespace: grace, endpoint: '{hub.endpoint}', token_secret: {SECRET}}}"
+        )
+        overrides = [
+            f"run_dir={tmp_path}/run",
+            "tracking.experiment=secrets",
+            f"publish.destination={where}",
+        ]
+        hub.fail["repos/create"] = 403  # the server repeats the token in its answer
+        with pytest.raises(GraceError, match="403") as caught:
+            grace("configs/toy.yaml", overrides)
+        assert TOKEN not in str(caught.value)
+        hub.fail.clear()
+        grace("configs/toy.yaml", overrides)
+        assert published(hub) is not None
+    told = capfd.readouterr()
+    assert TOKEN not in told.out + told.err + caplog.text
+    assert holders(places) == []
+
+
+def test_a_block_that_is_not_there_is_named(
+    places: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.chdir(ROOT)
+    StandIns().install(monkeypatch)
+    with pytest.raises(GraceError, match="no Secret block nowhere"):
+        grace(
+            "configs/toy.yaml",
+            [
+                f"run_dir={tmp_path}/run",
+                "tracking.experiment=secrets",
+                "publish.destination={kind: hub, namespace: me, token_secret: nowhere}",
+            ],
+        )
