@@ -10,7 +10,7 @@ import mlflow
 import pytest
 from huggingface_hub import constants
 from prefect.blocks.system import Secret
-from prefect.settings import PREFECT_HOME
+from prefect.settings import PREFECT_API_DATABASE_CONNECTION_URL, PREFECT_HOME
 from prefect.testing.utilities import prefect_test_harness
 
 from flows.pipeline import grace
@@ -58,7 +58,9 @@ def places(tmp_path: Path) -> Iterator[list[Path]]:
     mlflow.create_experiment("secrets", artifact_location=str(tmp_path / "artifacts"))
     with prefect_test_harness(server_startup_timeout=180):
         Secret(value=TOKEN).save(SECRET)
-        yield [tmp_path, Path(PREFECT_HOME.value())]
+        database = Path(PREFECT_API_DATABASE_CONNECTION_URL.value().split("///")[-1])
+        assert SECRET.encode() in b"".join(file.read_bytes() for file in database.parent.glob("*"))
+        yield [tmp_path, database.parent, Path(PREFECT_HOME.value())]
     mlflow.set_tracking_uri(before)
 
 
