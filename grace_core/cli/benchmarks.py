@@ -107,6 +107,11 @@ def show(
         return
     say = f"{declared.title} from {place.description}, worded as {prompt}"
     console.print(say, markup=False, highlight=False, soft_wrap=True)
+    columns = ", ".join(
+        f"{column} ({each.type}{', scores' if each.scores else ''})"
+        for column, each in declared.columns.items()
+    )
+    console.print(f"columns: {columns}", markup=False, highlight=False, soft_wrap=True)
     for item in found:
         _show(item, declared)
 

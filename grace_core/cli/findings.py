@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from grace_core.config.model import GraceConfig, TrainingStage
+from grace_core.doctor.benchmarks import missing_benchmarks
 from grace_core.doctor.checkpoints import Checkpoint, read_checkpoint, to_be_downloaded
 from grace_core.doctor.dataset import missing_data, picture_misfits, unfitting_pictures
 from grace_core.doctor.findings import Finding, warning
@@ -62,6 +63,7 @@ def _not_here(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> 
             )
     yield from unpinned(teacher, student)
     yield from missing_data(config)
+    yield from missing_benchmarks(config)
     if config.launch.backend.kind == "local":
         yield from processors(config, driver_gpus(_GPUS))
     yield from unfitting_pictures(config, student)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from grace_core.artifacts import stage_folders
 from grace_core.config.model import GraceConfig, SlurmLaunch
+from grace_core.doctor.benchmarks import check_benchmarks
 from grace_core.doctor.checkpoints import Checkpoint, read_checkpoint
 from grace_core.doctor.dataset import check_data
 from grace_core.doctor.disk import check_disk
@@ -43,6 +44,8 @@ def _all(config: GraceConfig, goal: Goal) -> Iterator[Finding]:
         student = looked_up if checkpoint.source == student.source else student
     yield from check_models(config, teacher, student)
     yield from check_data(config, student)
+    if _evaluates(config, goal):
+        yield from check_benchmarks(config)
     yield from _compute(config, goal, teacher, student)
     if "publish" in planned_stages(config, goal):
         yield from check_publishing(config)
@@ -61,6 +64,12 @@ def _compute(
     else:
         yield from check_machine(config, teacher, student)
     yield from check_disk(config, teacher, student)
+
+
+def _evaluates(config: GraceConfig, goal: Goal) -> bool:
+    """Whether an evaluation is on the way, and none of them was made yet."""
+    planned = [each for each in planned_stages(config, goal) if each.startswith("evaluate-")]
+    return any(not _is_there(config, stage) for stage in planned)
 
 
 def _is_there(config: GraceConfig, stage: str) -> bool:

@@ -8,7 +8,6 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from grace_core.artifacts import Artifact, ArtifactWriter, Parent, fingerprint
-from grace_core.config.load import require_environment
 from grace_core.config.model import ChosenBenchmark, Evaluation, GraceConfig
 from grace_core.data.listing import listing_digest
 from grace_core.errors import GraceError
@@ -22,6 +21,7 @@ from grace_core.evaluation.loading.place import (
 )
 from grace_core.evaluation.loading.prepared import PicturePack, write_items
 from grace_core.evaluation.loading.rows import load_items
+from grace_core.evaluation.loading.wanted import wanted
 from grace_core.evaluation.prompts import STYLES
 from grace_core.stages.once import StageContext, once
 from grace_core.toy.world import write_benchmark
@@ -58,24 +58,6 @@ def prepare_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
                 _pack(each, place, settings, writer)
 
     return once(config, context, "benchmarks", section, parents, make)
-
-
-def wanted(chosen: ChosenBenchmark) -> Wanted:
-    """The place that a configuration names. Raises GraceError where it needs a variable not set."""
-    for key in ("path", "pictures"):
-        require_environment(getattr(chosen, key) or "", f"evaluation.benchmarks.{key}")
-    return Wanted(
-        path=_path(chosen.path),
-        repository=chosen.repository,
-        config=chosen.config,
-        split=chosen.split,
-        revision=chosen.revision,
-        pictures=_path(chosen.pictures),
-    )
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text).expanduser()
 
 
 def _is_generated(chosen: ChosenBenchmark) -> bool:

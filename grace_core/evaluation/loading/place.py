@@ -28,6 +28,7 @@ from grace_core.hub_transport import TransportError
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _SHARD = re.compile(r"^(?P<stem>.*)-(?P<number>\d{5})-of-(?P<total>\d{5})(?P<rest>\..*)$")
 _CARD = "README.md"
+_SECONDS = 5.0
 
 T = TypeVar("T")
 
@@ -106,6 +107,19 @@ def resolve_revision(repository: str, revision: str | None) -> str:
         return revision
     # Downloads the card, which leaves a note in the cache of where the branch was.
     return _downloaded(repository, revision, [_CARD]).name
+
+
+def commit_on_hub(repository: str, revision: str | None) -> str:
+    """The same without downloading anything, within seconds; for checks before a run."""
+    try:
+        asked = HfApi().dataset_info
+        commit = _ask(
+            repository, lambda: asked(repository, revision=revision, timeout=_SECONDS).sha
+        )
+    except OfflineModeIsEnabled:
+        return _downloaded(repository, revision, [_CARD]).name
+    assert commit is not None
+    return commit
 
 
 def _of_hub(benchmark: Benchmark, wanted: Wanted) -> Place:
