@@ -19,10 +19,19 @@ from triton.compiler import ASTSource
 from grace_core.inference import layer_kernels, packed_kernels, plans
 
 HOPPER = GPUTarget("cuda", 90, 32)
-BF16, FP32, INT32, INT64 = "*bf16", "*fp32", "*i32", "*i64"
-PRODUCT = {"x": BF16, "words": INT32, "scales": BF16, "bias": BF16, "x_stride": "i32", "N": "i32"}
+BF16, FP32, INT16, INT32, INT64 = "*bf16", "*fp32", "*i16", "*i32", "*i64"
+PRODUCT = {
+    "x": BF16,
+    "words": INT32,
+    "halves": INT16,
+    "scales": BF16,
+    "bias": BF16,
+    "x_stride": "i32",
+    "N": "i32",
+}
 EXACT = frozenset(
-    "words scales x out product residual keys values turned sums x_stride N stride d D T".split()
+    "words halves scales x out product residual keys values turned sums "
+    "x_stride N stride d D T".split()
 )
 """Arguments that are multiples of 16, as in every model of today."""
 
@@ -31,11 +40,14 @@ def compiled(
     kernel: Any, types: dict[str, str], warps: int = 4, stages: int = 3, **own: Any
 ) -> Any:
     names = kernel.arg_names
+    if "DEPENDENT" in names:
+        own["DEPENDENT"] = True
+    types = {name: kind for name, kind in types.items() if name in names}
     signature = {name: types.get(name, "constexpr") for name in names}
     constants = {(names.index(name),): value for name, value in own.items()}
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in types if name in EXACT}
     source = ASTSource(kernel, signature, constants, aligned)
-    options = {"num_warps": warps, "num_stages": stages}
+    options = {"num_warps": warps, "num_stages": stages, "launch_pdl": "DEPENDENT" in names}
     return triton.compile(source, target=HOPPER, options=options)
 
 
@@ -55,12 +67,12 @@ def stack_bytes(kernel: Any) -> int:
 def products() -> list[Any]:
     made = []
     for bits in (4, 8):
-        for rows in (1, plans.few_rows_limit(bits)):
+        for rows in (1, 2):
             plan = plans.few_rows_plan(4096, 2048, bits)
             made.append(
                 compiled(
                     packed_kernels._few_rows_kernel,
-                    {**PRODUCT, "out": BF16, "one": "i32"},
+                    {**PRODUCT, "x": INT32, "out": BF16, "one": "i32"},
                     plan.warps,
                     K=2048,
                     BITS=bits,
@@ -86,10 +98,12 @@ def products() -> list[Any]:
                     BLOCK_M=plan.block_m,
                     BLOCK_N=plan.block_n,
                     PARTS=plan.parts,
+                    STAGES=plan.stages,
                     HAS_BIAS=True,
+                    PAIRED=True,
                 )
             )
-        types = {"words": INT32, "scales": BF16, "out": BF16, "S": "i32"}
+        types = {"halves": INT16, "scales": BF16, "out": BF16, "S": "i32"}
         made.append(compiled(packed_kernels._expand_kernel, types, BITS=bits, GROUP=128, SLABS=16))
     return made
 

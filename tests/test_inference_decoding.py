@@ -57,11 +57,13 @@ def prompts(visual: VisualInputs) -> list[Prompt]:
 def teacher_forced(model: Any, visual: VisualInputs, prompt: Prompt, answer: list[int]) -> Tensor:
     """Transformers' logits of each token of an answer, in one pass over the whole."""
     ids = torch.tensor([prompt.input_ids + answer])
-    arguments: dict[str, Any] = {**visual.token_types(ids)}
+    arguments = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    arguments |= visual.token_types(ids)
     if prompt.pictures:
         arguments |= visual.tensors(list(prompt.pictures))
     with torch.no_grad():
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **arguments)
+        arguments = {name: tensor.to(model.device) for name, tensor in arguments.items()}
+        output = model(**arguments)
     found: Tensor = output.logits[0, len(prompt.input_ids) - 1 :]
     return found
 

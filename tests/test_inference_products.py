@@ -37,12 +37,12 @@ def kernels() -> Any:
 def test_every_code_is_where_the_kernels_look_for_it(bits: int) -> None:
     codes = random_codes(3, 384, bits)
     words = dealt(pack_codes(codes, bits), bits)
-    fields = 32 // bits
-    width = 128 // fields
-    for row, slab, word, field in ((0, 0, 0, 0), (0, 0, 1, 0), (1, 2, 3, fields - 1), (2, 1, 5, 1)):
-        value = int(words[row, slab * width + word])
+    width, last = 8 * bits, 16 // bits - 1
+    halves = words.view(torch.int16)
+    for row, slab, half, field in ((0, 0, 0, 0), (0, 0, 1, 0), (1, 2, 3, last), (2, 1, 30, 1)):
+        value = int(halves[row, slab * width + half])
         unsigned = (value >> (bits * field)) & ((1 << bits) - 1)
-        expected = int(codes[row, slab * 128 + field * width + word])
+        expected = int(codes[row, slab * 128 + field * width + half])
         assert unsigned - (1 << (bits - 1)) == expected
     assert torch.equal(collected(words, bits), codes)
 
@@ -61,7 +61,7 @@ def error(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> floa
 def test_kernels_multiply(way: str, bits: int, data: st.DataObject) -> None:
     """Odd numbers of rows and outputs, parts and steps that the inputs do not fill."""
     module = kernels()
-    rows = data.draw(st.integers(1, 4 if way == "few_rows" else 37))
+    rows = data.draw(st.integers(1, 2 if way == "few_rows" else 37))
     outputs, slabs = data.draw(st.integers(1, 35)), data.draw(st.integers(1, 4))
     groups = data.draw(st.sampled_from([g for g in (1, 2) if slabs % g == 0]))
     codes = random_codes(outputs, slabs * 128, bits)
@@ -90,7 +90,7 @@ def test_kernels_multiply(way: str, bits: int, data: st.DataObject) -> None:
 def test_rows_may_lie_apart() -> None:
     module = kernels()
     codes, scales = random_codes(5, 128, 4), random_scales(5, 1)
-    apart = torch.randn(3, 300, generator=torch.Generator().manual_seed(2))[:, 7:135]
+    apart = torch.randn(2, 300, generator=torch.Generator().manual_seed(2))[:, 7:135]
     for way in (module.few_rows, module.tiles):
         plan = module.Plan(block_n=16, slabs=1)
         words = dealt(pack_codes(codes, 4), 4)
@@ -177,7 +177,7 @@ def test_plans_fit_the_kernels() -> None:
                     # Words and inputs must lie in the same threads: four words a thread.
                     assert plan.slabs * bits * 4 == 4 * 32 * plan.warps
                 else:
-                    assert plan.block_m >= 16
+                    assert rows <= plan.block_m >= 8
 
 
 def test_kernels_compile_for_a_gpu() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 
 import torch
@@ -27,7 +27,6 @@ SHAPES = {
 }
 """Outputs and inputs of the projections of the 2B shapes, joined as the decoder joins them."""
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 GROUP = 128
 _CACHE_BYTES = 2**27
 _CALLS = 32
@@ -52,13 +51,17 @@ class Timed:
     """By the table in `plans`."""
 
 
-def products(device: torch.device, *, every_plan: bool) -> Iterator[list[Timed]]:
+def products(
+    device: torch.device, rows_of: Sequence[int], *, every_plan: bool
+) -> Iterator[list[Timed]]:
     """All ways of one product with one number of rows after the other; on a GPU.
 
-    every_plan: try plans beside the table's.
+    Args:
+        rows_of: the numbers of rows.
+        every_plan: try plans beside the table's.
     """
-    for name, (outputs, inputs) in SHAPES.items():
-        for rows in ROWS:
+    for rows in rows_of:
+        for name, (outputs, inputs) in SHAPES.items():
             x = torch.randn(rows, inputs, device=device, dtype=torch.bfloat16)
             yield [
                 _dense(name, x, outputs),
@@ -115,40 +118,21 @@ def _plans(
     rows: int, outputs: int, inputs: int, bits: int, every_plan: bool
 ) -> Iterable[tuple[plans.Way, Plan]]:
     found: list[tuple[plans.Way, Plan]] = []
-    if rows <= plans.MOST_ROWS:
-        choice = plans.choose(rows, outputs, inputs, bits)
-        found.append((choice.way, choice.plan))
-    if every_plan and rows <= MOST_FEW_ROWS:
-        for warps in (2, 4):
-            for block_n in (4, 8):
-                found.append(
-                    ("few_rows", Plan(block_n=block_n, slabs=warps * 32 // bits, warps=warps))
-                )
-    if every_plan and 1 < rows:
-        block_m = min(64, max(16, rows))
-        for block_n, warps, stages in (
-            (32, 4, 4),
-            (64, 4, 3),
-            (64, 4, 4),
-            (128, 4, 3),
-            (128, 8, 3),
-        ):
-            tiles = -(-outputs // block_n) * -(-rows // block_m)
+    if rows <= MOST_FEW_ROWS:
+        found.append(("few_rows", plans.few_rows_plan(outputs, inputs, bits)))
+    if rows > plans.MOST_ROWS:
+        return found
+    own = plans.tiles_plan(rows, outputs, inputs)
+    found.append(("tiles", own))
+    if every_plan:
+        for block_n in (16, 32, 64):
             for parts in (1, 2, 4, 8):
-                enough = 100 <= tiles * parts <= 800
-                if enough and inputs // 128 // parts >= 2:
-                    found.append(
-                        (
-                            "tiles",
-                            Plan(
-                                block_n=block_n,
-                                parts=parts,
-                                block_m=block_m,
-                                warps=warps,
-                                stages=stages,
-                            ),
-                        )
-                    )
+                for stages in (3, 5):
+                    tiles = -(-outputs // block_n)
+                    if 100 <= tiles * parts <= 1600 and inputs // 128 // parts >= 2:
+                        warps = max(1, min(own.warps, block_n // 16))
+                        one = replace(own, block_n=block_n, parts=parts, stages=stages, warps=warps)
+                        found.append(("tiles", one))
     return dict.fromkeys(found)
 
 

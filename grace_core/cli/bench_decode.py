@@ -30,7 +30,7 @@ _TEXT_TOKENS = 50
     "grace bench decode                                     random weights of the 2B shapes\n\n"
     "grace bench decode runs/demo/releases/Toy-GRACE-W4G128   a release\n\n"
     "grace bench decode --weights bf16,w4 --batches 1,8     a part of the table\n\n"
-    "grace bench decode --products                          single products, by kernel and plan",
+    "grace bench decode --products --batches 1,8,128        single products, by kernel",
 )
 def decode(
     model: Annotated[
@@ -52,9 +52,12 @@ def decode(
         bool,
         typer.Option(
             "--products",
-            help="Instead: time the products of the 2B shapes one by one, every plan of the "
-            "kernels beside the one that is used. Needs a GPU; about two minutes.",
+            help="Instead: time the products of the 2B shapes one by one, with as many rows as "
+            "--batches says, each way beside cuBLAS with bf16 weights. Needs a GPU.",
         ),
+    ] = False,
+    plans: Annotated[
+        bool, typer.Option("--plans", help="With --products: other plans of the kernels too.")
     ] = False,
     output: Annotated[Path, typer.Option(help="Folder for decode.json and decode.md.")] = Path(
         "runs/bench"
@@ -74,10 +77,10 @@ def decode(
     from grace_core.bench.device import bench_device
 
     where = bench_device(device)
-    if products:
-        _products(where, output)
-        return
     sizes = [_number(size) for size in batches.split(",")]
+    if products:
+        _products(where, sizes, output, every_plan=plans)
+        return
     named = weights.split(",")
     unknown = sorted(set(named) - set(_WEIGHTS))
     if unknown:
@@ -148,7 +151,7 @@ def _measured(
     return found
 
 
-def _products(device: torch.device, output: Path) -> None:
+def _products(device: torch.device, rows: list[int], output: Path, *, every_plan: bool) -> None:
     if device.type != "cuda":
         raise GraceError("--products times kernels of a GPU, and torch sees none here")
     from grace_core.artifacts import environment
@@ -156,7 +159,7 @@ def _products(device: torch.device, output: Path) -> None:
 
     logging.getLogger("grace_core").setLevel(logging.ERROR)
     found: list[products.Timed] = []
-    for some in products.products(device, every_plan=True):
+    for some in products.products(device, rows, every_plan=every_plan):
         found += some
         _write(output, "products.json", products.to_json(environment(), found))
         _write(output, "products.md", products.to_markdown(_device_name(device), found))

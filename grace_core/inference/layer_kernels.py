@@ -12,6 +12,8 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
+from grace_core.inference.launches import launch_options, wait_for_earlier
+
 # dims: P partial sums, M rows, d width, H query heads, J key-value heads, D width of a head,
 #       B rows of the cache, T its capacity, S stretches of it
 
@@ -44,10 +46,13 @@ def _add_and_norm_kernel(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
     ADDS: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     place = tl.arange(0, BLOCK)
     inside = place < d
     row = tl.program_id(0) * d + place
+    scale = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
+    wait_for_earlier(DEPENDENT)
     state = tl.load(residual + row, mask=inside, other=0.0).to(tl.float32)
     if ADDS:
         dtype: tl.constexpr = residual.dtype.element_ty
@@ -57,7 +62,6 @@ def _add_and_norm_kernel(  # type: ignore[no-untyped-def]
         state = rounded.to(tl.float32)
     factor = tl.rsqrt(tl.sum(state * state, axis=0) / d + eps)
     normed = (state * factor).to(out.dtype.element_ty).to(tl.float32)
-    scale = tl.load(weight + place, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row, (normed * scale).to(out.dtype.element_ty), mask=inside)
 
 
@@ -81,7 +85,9 @@ def _turn_kernel(  # type: ignore[no-untyped-def]
     PARTS: tl.constexpr,
     NORMS: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_earlier(DEPENDENT)
     token = tl.program_id(0)
     head = tl.program_id(1)
     channel = tl.arange(0, BLOCK)
@@ -135,7 +141,9 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     BLOCK: tl.constexpr,  # D rounded up
     TOKENS: tl.constexpr,
     STRETCH: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_earlier(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     group = tl.program_id(1)
     stretch = tl.program_id(2)
@@ -187,7 +195,9 @@ def _join_kernel(  # type: ignore[no-untyped-def]
     D,
     STRETCHES: tl.constexpr,  # S rounded up
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_earlier(DEPENDENT)
     at = tl.program_id(0).to(tl.int64)
     stretch = tl.arange(0, STRETCHES)
     channel = tl.arange(0, BLOCK)
@@ -212,7 +222,9 @@ def _silu_times_kernel(  # type: ignore[no-untyped-def]
     d,
     PARTS: tl.constexpr,
     BLOCK: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
+    wait_for_earlier(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = place < d
@@ -240,6 +252,7 @@ def add_and_norm(product: Tensor | None, residual: Tensor, weight: Tensor, eps: 
         ADDS=product is not None,
         BLOCK=triton.next_power_of_2(width),
         num_warps=8 if width > 1024 else 4,
+        **launch_options(residual.device),
     )
     return out
 
@@ -281,6 +294,7 @@ def turn_and_keep(
         NORMS=norms is not None,
         BLOCK=triton.next_power_of_2(head_width),
         num_warps=1,
+        **launch_options(product.device),
     )
     return out
 
@@ -318,6 +332,7 @@ def attend_to_cache(
         STRETCH=STRETCH,
         num_warps=4,
         num_stages=2,
+        **launch_options(device),
     )
     _join_kernel[(rows * heads,)](
         sums,
@@ -329,6 +344,7 @@ def attend_to_cache(
         STRETCHES=triton.next_power_of_2(stretches),
         BLOCK=block,
         num_warps=1,
+        **launch_options(device),
     )
     return out
 
@@ -339,6 +355,13 @@ def silu_times(product: Tensor, dtype: torch.dtype) -> Tensor:
     width = both // 2
     out = torch.empty(rows, width, dtype=dtype, device=product.device)
     _silu_times_kernel[(rows, triton.cdiv(width, _BLOCK))](
-        product, out, rows * both, width, PARTS=parts, BLOCK=_BLOCK, num_warps=4
+        product,
+        out,
+        rows * both,
+        width,
+        PARTS=parts,
+        BLOCK=_BLOCK,
+        num_warps=4,
+        **launch_options(product.device),
     )
     return out

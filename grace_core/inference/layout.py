@@ -1,10 +1,11 @@
 """How codes lie in the words that the kernels read.
 
 A release packs 32 / b neighbouring codes of b bits into each int32 word (see
-`grace_core.quantization.packing`). Kernels that take one field of many words at a time would then
-need inputs that are 32 / b apart. So the codes of every *slab* of 128 are dealt out anew: a slab
-takes W = 128 b / 32 words, and field j of its word i is code j W + i. Neighbouring words then hold
-neighbouring codes, and the inputs that belong to them lie side by side.
+`grace_core.quantization.packing`). The kernels take a word as two halves of 16 bits, and one field
+of many halves at a time. So the codes of every *slab* of 128 are dealt out anew: a slab takes
+H = 128 b / 16 halves, and field j of its half i is code j H + i. One field of neighbouring halves
+then belongs to neighbouring inputs, and the two halves of a word become a pair of bf16 numbers, as
+the tensor cores take them, by the same instructions.
 
 The sizes, the unsigned form q + 2^(b-1) and the order of slabs stay those of the release.
 """
@@ -27,17 +28,15 @@ def words_a_slab(bits: int) -> int:
 def dealt(words: Tensor, bits: int) -> Tensor:
     """Release words (O, I b / 32) in the kernels' order; I is a multiple of 128."""
     codes = unpack_codes(words, bits, words.shape[1] * 32 // bits)
-    fields = 32 // bits
-    by_field = codes.view(len(codes), -1, fields, SLAB // fields)
-    return pack_codes(by_field.transpose(2, 3).reshape(codes.shape), bits)
+    by_field = codes.view(len(codes), -1, 16 // bits, words_a_slab(bits), 2)
+    return pack_codes(by_field.permute(0, 1, 3, 4, 2).reshape(codes.shape), bits)
 
 
 def collected(words: Tensor, bits: int) -> Tensor:
     """Inverse of :func:`dealt`, up to the codes themselves: int8 (O, I)."""
     codes = unpack_codes(words.contiguous(), bits, words.shape[1] * 32 // bits)
-    fields = 32 // bits
-    by_word = codes.view(len(codes), -1, SLAB // fields, fields)
-    return by_word.transpose(2, 3).reshape(codes.shape)
+    by_half = codes.view(len(codes), -1, words_a_slab(bits), 2, 16 // bits)
+    return by_half.permute(0, 1, 4, 2, 3).reshape(codes.shape)
 
 
 def obstacle(in_features: int, group_size: int) -> str | None:

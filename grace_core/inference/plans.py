@@ -9,15 +9,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from grace_core.inference.packed_kernels import MOST_FEW_ROWS, Plan
+from grace_core.inference.packed_kernels import Plan
 
 Way = Literal["few_rows", "tiles"]
 
-MOST_ROWS = 128
+FEW_ROWS = 0
+"""Rows up to which `few_rows` is the faster one."""
+
+MOST_ROWS = 64
 """With more rows W is multiplied out once and given to a dense product."""
 
-_PROGRAMS = 264
-"""Programs wanted at least: two for each of an H200's 132 processors."""
+
+_PROCESSORS = 132
+"""Of an H100 or H200."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +32,9 @@ class Choice:
 
 def choose(rows: int, outputs: int, inputs: int, bits: int) -> Choice:
     """For at most `MOST_ROWS` rows."""
-    if rows <= few_rows_limit(bits):
+    if rows <= FEW_ROWS:
         return Choice("few_rows", few_rows_plan(outputs, inputs, bits))
     return Choice("tiles", tiles_plan(rows, outputs, inputs))
-
-
-def few_rows_limit(bits: int) -> int:
-    """Rows up to which `few_rows` is the faster one."""
-    return MOST_FEW_ROWS if bits == 8 else 2
 
 
 def few_rows_plan(outputs: int, inputs: int, bits: int) -> Plan:
@@ -46,12 +45,17 @@ def few_rows_plan(outputs: int, inputs: int, bits: int) -> Plan:
 
 
 def tiles_plan(rows: int, outputs: int, inputs: int) -> Plan:
-    """Parts of the inputs side by side until there are programs enough."""
-    block_m = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    block_n = 64
-    tiles = -(-outputs // block_n) * -(-rows // block_m)
-    most = max(1, inputs // 512)
+    """Parts of the inputs side by side until every processor has two or three programs.
+
+    Two warps: with four of 16 outputs each, Triton takes Hopper's wide instructions, whose operands
+    have to wait for one another.
+    """
+    block_m = max(8, 1 << (rows - 1).bit_length())
+    block_n = 64 if block_m == 32 else 32
+    tiles = -(-outputs // block_n)
+    wanted = _PROCESSORS * (3 if block_m <= 16 else 2)
+    most = max(1, inputs // 256)
     parts = 1
-    while parts * 2 <= most and tiles * parts < _PROGRAMS:
+    while parts * 2 <= most and tiles * parts < wanted:
         parts *= 2
-    return Plan(block_n=block_n, block_m=block_m, parts=parts, warps=4, stages=3)
+    return Plan(block_n=block_n, block_m=block_m, parts=parts, warps=2, stages=4)
