@@ -99,6 +99,7 @@ def products() -> list[Any]:
                     BLOCK_N=plan.block_n,
                     PARTS=plan.parts,
                     STAGES=plan.stages,
+                    LINES=packed_kernels.lines(6144, plan.parts, bits),
                     HAS_BIAS=True,
                     PAIRED=True,
                 )

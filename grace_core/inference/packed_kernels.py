@@ -214,6 +214,19 @@ def _next_field(half, BITS: tl.constexpr, PAIRED: tl.constexpr):  # type: ignore
 
 
 @triton.jit
+def _bring_nearer(place):  # type: ignore[no-untyped-def]
+    """Fetch what lies there into the GPU's second cache; nothing waits for it."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;",
+        "=r,l",
+        [place.to(tl.int64)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def _tiles_kernel(  # type: ignore[no-untyped-def]
     x,  # (M, K), rows x_stride apart
     halves,  # (N, K * BITS / 16) int16
@@ -230,6 +243,7 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
     BLOCK_N: tl.constexpr,
     PARTS: tl.constexpr,
     STAGES: tl.constexpr,
+    LINES: tl.constexpr,  # of 128 bytes, in a row of a part; a power of two, the rest left out
     HAS_BIAS: tl.constexpr,
     PAIRED: tl.constexpr,  # x is bf16, on a GPU: two codes at once, by its own instructions
     DEPENDENT: tl.constexpr,
@@ -248,6 +262,10 @@ def _tiles_kernel(  # type: ignore[no-untyped-def]
     first = part * SHARE
     end = min(first + SHARE, ALL)
     scale = tl.load(of_scales + (first * 128) // GROUP, mask=(n < N) & (first < ALL), other=0.0)
+    if DEPENDENT:  # while the kernel before ends, its own weights come nearer
+        line = tl.arange(0, LINES)[None, :]
+        near = tl.minimum(n, N - 1)[:, None] * (K * BITS // 16) + first * HALVES + line * 64
+        _bring_nearer(halves + tl.minimum(near, N * (K * BITS // 16) - 1))
     wait_for_earlier(DEPENDENT)
     acc = tl.zeros([BLOCK_N, BLOCK_M], dtype=tl.float32)
     for slab in tl.range(first, end, num_stages=STAGES):
@@ -376,6 +394,7 @@ def tiles(
         BLOCK_N=plan.block_n,
         PARTS=plan.parts,
         STAGES=plan.stages,
+        LINES=lines(inputs, plan.parts, bits),
         HAS_BIAS=bias is not None,
         PAIRED=x.is_cuda and x.dtype == torch.bfloat16,
         num_warps=plan.warps,
@@ -403,6 +422,12 @@ def expand(words: Tensor, scales: Tensor, out: Tensor, *, bits: int, group_size:
         num_warps=4,
         **launch_options(out.device),
     )
+
+
+def lines(inputs: int, parts: int, bits: int) -> int:
+    """Whole 128 bytes of a row's words in a part, rounded down to a power of two; at least 1."""
+    slabs = -(-inputs // 128 // parts)
+    return 1 << (max(1, slabs * bits // 8).bit_length() - 1)
 
 
 def _room(x: Tensor, outputs: int, parts: int) -> Tensor:
