@@ -20,10 +20,6 @@ MOST_ROWS = 64
 """With more rows W is multiplied out once and given to a dense product."""
 
 
-_PROCESSORS = 132
-"""Of an H100 or H200."""
-
-
 @dataclass(frozen=True)
 class Choice:
     way: Way
@@ -45,7 +41,7 @@ def few_rows_plan(outputs: int, inputs: int, bits: int) -> Plan:
 
 
 def tiles_plan(rows: int, outputs: int, inputs: int) -> Plan:
-    """Parts of the inputs side by side until every processor has two or three programs.
+    """Parts of the inputs side by side until each of 132 processors has two or three programs.
 
     Two warps: with four of 16 outputs each, Triton takes Hopper's wide instructions, whose operands
     have to wait for one another.
@@ -53,8 +49,8 @@ def tiles_plan(rows: int, outputs: int, inputs: int) -> Plan:
     block_m = max(8, 1 << (rows - 1).bit_length())
     block_n = 64 if block_m == 32 else 32
     tiles = -(-outputs // block_n)
-    wanted = _PROCESSORS * (3 if block_m <= 16 else 2)
-    most = max(1, inputs // 256)
+    wanted = 400 if block_m <= 16 else 256
+    most = min(8, max(1, inputs // 256))
     parts = 1
     while parts * 2 <= most and tiles * parts < wanted:
         parts *= 2
