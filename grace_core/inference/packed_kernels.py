@@ -43,10 +43,11 @@ _NEXT_FIELD_8 = tl.constexpr("shr.b32 $0, $1, 8;")
 _BF16_CODES_4 = tl.constexpr(
     """
     {
-    .reg .b32 number, offset;
+    .reg .b32 number, offset, one;
+    mov.b32 one, 0x3F803F80;
     lop3.b32 number, $1, 0x000F000F, 0x43004300, 0xEA;
-    mov.b32 offset, 0x43084308;
-    sub.rn.bf16x2 $0, number, offset;
+    mov.b32 offset, 0xC308C308;
+    fma.rn.bf16x2 $0, number, one, offset;
     }
     """
 )
@@ -55,10 +56,11 @@ _BF16_CODES_4 = tl.constexpr(
 _BF16_CODES_8 = tl.constexpr(
     """
     {
-    .reg .b32 number, offset;
+    .reg .b32 number, offset, one;
+    mov.b32 one, 0x3F803F80;
     lop3.b32 number, $1, 0x007F007F, 0x43004300, 0xEA;
-    lop3.b32 offset, $1, 0x00800080, 0x43804380, 0x6A;
-    sub.rn.bf16x2 $0, number, offset;
+    lop3.b32 offset, $1, 0x00800080, 0xC380C380, 0x6A;
+    fma.rn.bf16x2 $0, number, one, offset;
     }
     """
 )
