@@ -44,7 +44,8 @@ class Kind(StrEnum):
 
 _REMEDIES: dict[Kind, str] = {
     Kind.OUT_OF_MEMORY: "Lower training.row_tokens or training.logits_mib, set "
-    "training.recompute to all, raise training.zero_stage, or use more GPUs; for an "
+    "training.recompute to all, raise training.zero_stage, set models.teacher_weights to sharded, "
+    "or use more GPUs; for an "
     "evaluation lower evaluation.batch_tokens.",
     Kind.KILLED: "Usually the system ended it because memory ran out (`dmesg` says so): lower "
     "training.data_workers or training.row_tokens, or give the job more memory. Otherwise somebody "

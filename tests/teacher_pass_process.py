@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ["LOCAL_RANK"] = "0"  # DeepSpeed refuses to start without
+
 import torch
 from torch import distributed as dist
 

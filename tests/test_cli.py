@@ -190,6 +190,9 @@ def test_check_says_what_fits_where(cli: Cli, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("grace_core.cli.memory.CARDS", (1, 80))
     shown = words(cli("check", TOY, *gpu)[1])
     assert "ZeRO-2 no 0 of 4" in shown
+    assert "models.teacher_weights: sharded divides the teacher's 0.0 GB by 2." in shown
+    shown = words(cli("check", TOY, *gpu, "-s", "models.teacher_weights=sharded")[1])
+    assert "+ teacher's pass" in shown and "divides the teacher's" not in shown
     assert "Memory of" not in cli("check", TOY, "-s", "launch.device=cpu")[1]
 
 

@@ -96,6 +96,11 @@ def test_gpus_too_few_or_too_small_are_problems(two_gpus: None) -> None:
     finding = one(found, Severity.PROBLEM, "GPU 1 (Tesla T4) has 15.7 GB free of 16.1 GB")
     assert "needs at least 40.0 GB on each (20.0 GB of weights" in finding.text
     assert "activations come on top" in finding.text
+    assert "models.teacher_weights: sharded" in str(finding.remedy)
+    sharded = ("launch={processes: 2, device: cuda}", "models.teacher_weights=sharded")
+    finding = one(about_machine(*sharded, weights=2_000_000_000), Severity.PROBLEM, "GPU 1")
+    assert "needs at least 32.0 GB on each" in finding.text and "8.0 GB of teacher" in finding.text
+    assert "teacher_weights" not in str(finding.remedy)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from grace_core.losses.fused_head import ChunkRows
 from grace_core.losses.objective import (
     GlobalCounts,
     StudentObjective,
+    Teacher,
     TeacherRow,
     TermWeights,
     make_controller,
@@ -148,7 +149,9 @@ def run_step(
     rows = [packed_row([world.samples[i] for i in row], world.visual) for row in cut]
     taught: Sequence[TeacherRow | None] = [None] * len(rows)
     if teacher is not None:
-        taught = teacher_rows(teacher, world.family, objective, rows, logits_bytes=logits_bytes)
+        taught = teacher_rows(
+            Teacher.of(teacher, world.family), objective, rows, logits_bytes=logits_bytes
+        )
     counts = GlobalCounts.of(rows, taught)
     weights = TermWeights.of(objective, counts, beta=BETA, omega=OMEGA)
     module = StudentObjective(student, world.family, objective, logits_bytes=logits_bytes)
@@ -218,6 +221,18 @@ def test_how_many_rows_frozen_models_see_at_once_changes_nothing(
     monkeypatch.setattr(packing, "_JOINED_TOKENS", tokens)
     _, gradients = qwen.oracle(GRACE)
     assert_same_gradients(run_step(qwen, GRACE, CUTS["four rows"]).gradients, gradients)
+
+
+def test_as_many_rows_make_as_many_passes(qwen: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks with a sharded teacher must agree on their number, whatever their rows hold."""
+    rows = [packed_row([sample], qwen.visual) for sample in qwen.samples]
+    short, *_, long = sorted(rows, key=lambda row: row.input_ids.shape[1])
+    least, most = (row.input_ids.shape[1] for row in (short, long))
+    assert least < most
+    monkeypatch.setattr(packing, "_JOINED_TOKENS", 2 * least)
+    of_ranks = [short] * 4, [long] * 4
+    assert [len(list(packing.groups_of_rows(rows))) for rows in of_ranks] == [2, 4]
+    assert [len(list(packing.groups_of_rows(rows, most))) for rows in of_ranks] == [4, 4]
 
 
 def test_the_step_tells_the_variants_apart(qwen: World) -> None:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -20,10 +20,10 @@ from torch import distributed as dist
 from grace_core.config.model import Objective, TeacherOutputs, Training
 from grace_core.errors import GraceError
 from grace_core.events import read_events
-from grace_core.losses.fused_head import supervised_head
 from grace_core.losses.objective import (
     GlobalCounts,
     StudentObjective,
+    Teacher,
     TermWeights,
     recorded_teacher_row,
 )
@@ -54,10 +54,18 @@ class World:
     whole: Path
     """Outputs made in one go by one rank."""
 
-    def job(self, name: str, *, top_k: int = 16, data_workers: int = 0) -> TeacherJob:
+    def job(
+        self,
+        name: str,
+        *,
+        top_k: int = 16,
+        data_workers: int = 0,
+        teacher_weights: Literal["whole", "sharded"] = "whole",
+    ) -> TeacherJob:
         return TeacherJob(
             stage="teacher-outputs",
             teacher=self.root / "teacher",
+            teacher_weights=teacher_weights,
             student=self.root / "student",
             data=self.root / "data",
             min_pixels=512,
@@ -134,6 +142,15 @@ def test_two_ranks_make_the_same_files(world: World) -> None:
     job = world.job("two", data_workers=1)
     ranks = [start(world, job, rank, 2) for rank in range(2)]
     assert [rank.wait(240) for rank in ranks] == [0, 0]
+    assert content(job.result) == content(world.whole)
+
+
+@pytest.mark.slow
+def test_three_ranks_with_a_sharded_teacher_make_the_same_files(world: World) -> None:
+    """Of four shards the first rank makes two: the others go along with its passes."""
+    job = world.job("sharded", teacher_weights="sharded")
+    ranks = [start(world, job, rank, 3) for rank in range(3)]
+    assert [rank.wait(240) for rank in ranks] == [0, 0, 0]
     assert content(job.result) == content(world.whole)
 
 
@@ -237,8 +254,8 @@ def test_with_all_logits_kept_the_step_is_that_of_the_equations(world: World) ->
     job = world.job("exact", top_k=ALL)
     teacher_pass = TeacherPass(job, CPU)
     folder = read_checkpoint(job.teacher)
-    teacher_pass.model = load_model(folder, device=CPU, dtype=torch.float32, attention="packed")
-    teacher_pass.head = supervised_head(teacher_pass.model)
+    model = load_model(folder, device=CPU, dtype=torch.float32, attention="packed")
+    teacher_pass.teacher = Teacher.of(model, folder.family)
     assert teacher_pass.run(StopSignal())
     teacher_pass.finish()
     outputs = reader(job.result)

@@ -90,6 +90,17 @@ def test_a_training_that_learns_from_outputs_has_no_teacher(in_root: None, tmp_p
     assert (alone.job.teacher, alone.job.teacher_outputs) == (None, None)
 
 
+def test_where_the_teachers_weights_are_decides_no_result(in_root: None, tmp_path: Path) -> None:
+    data = prepared(tmp_path / "data-1")
+    for plan in (plan_bf16, plan_teacher_outputs):
+        whole, sharded = (
+            plan(toy(tmp_path, RECORDED, f"models.teacher_weights={weights}"), data, None)
+            for weights in ("whole", "sharded")
+        )
+        assert (whole.job.teacher_weights, sharded.job.teacher_weights) == ("whole", "sharded")
+        assert whole.job.work == sharded.job.work
+
+
 def test_a_pass_that_was_told_to_stop_says_how_it_goes_on(
     in_root: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

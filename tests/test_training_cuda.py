@@ -89,6 +89,29 @@ def test_every_stage_takes_the_same_steps(
         assert values["cross_entropy"] == pytest.approx(others["cross_entropy"], rel=1e-2), text
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_sharded_teacher_teaches_the_same(world: World, zero: int) -> None:
+    both = []
+    for weights in ("whole", "sharded"):
+        job = world.job(
+            f"{weights}-{zero}", zero=zero, precision="w4", steps=STEPS, teacher_weights=weights
+        )
+        both.append(
+            [
+                {name: step[name] for name in ("cross_entropy", "distillation", "relational")}
+                for step in train(job, 2)
+            ]
+        )
+    whole, sharded = both
+    text = json.dumps(both, indent=1)
+    assert len(whole) == len(sharded) == STEPS
+    # The same passes with the same weights. Later steps may differ by roundings of gradients.
+    assert sharded[0] == pytest.approx(whole[0], rel=1e-6), text
+    for found, expected in zip(sharded[1:], whole[1:], strict=True):
+        assert found == pytest.approx(expected, rel=1e-2), text
+
+
 def test_recorded_outputs_teach_what_the_teacher_does(world: World) -> None:
     """With all logits kept."""
     ranks = min(2, torch.cuda.device_count())

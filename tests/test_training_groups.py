@@ -70,6 +70,7 @@ class World:
         seed: int = 1,
         objective: dict[str, Any] | None = None,
         grace_seconds: float = 20.0,
+        teacher_weights: str = "whole",
         **training: Any,
     ) -> dict[str, Any]:
         objective = objective if objective is not None else {"relational": {"warmup_steps": 2}}
@@ -91,6 +92,7 @@ class World:
             "objective": objective,
             "student": str(self.root / "student"),
             "teacher": None if objective == CE_ONLY else str(self.root / "teacher"),
+            "teacher_weights": teacher_weights,
             "data": str(self.root / data),
             "min_pixels": 1024,
             "max_pixels": 16384,
@@ -136,6 +138,8 @@ def make_world(root: Path) -> World:
     student = opinionated(FAMILIES["qwen3_vl"](seed=22))
     save_tiny(teacher, root / "teacher")
     save_tiny(student, root / "student")
+    for name, tiny in FAMILIES.items():
+        save_tiny(tiny(seed=23), root / name)
     write_prepared(root / "data", [prepared_row(student, i, pictures=i % 3) for i in range(20)])
     # Four samples of which no two share a row of 27 tokens: with the right seed all pictures go
     # to the first of two ranks and the second has text alone.
@@ -186,6 +190,7 @@ def cases_of_two(world: World) -> list[dict[str, Any]]:
             "sigterm_after": 3,
         },
         {"name": "w4-resumed", "do": "train", "job": job("w4-stopped", **w4)},
+        *sharded_teacher_cases(world),
         {"name": "bf16-whole", "do": "train", "job": job("bf16-whole", zero=2, **SHORT)},
         {
             "name": "bf16-poisoned",
@@ -197,6 +202,27 @@ def cases_of_two(world: World) -> list[dict[str, Any]]:
         {"name": "long-whole", "do": "train", "job": long_job(world, "long-whole")},
     ]
     return cases
+
+
+def sharded_teacher_cases(world: World) -> list[dict[str, Any]]:
+    def job(name: str, **how: Any) -> dict[str, Any]:
+        return world.job(name, precision="w4", teacher_weights="sharded", **how)
+
+    stopped = job("sharded-stopped", zero=3, **SHORT)
+    return [
+        *(
+            {"name": f"sharded-zero{z}", "do": "first_step", "job": job("x", zero=z, **FREE)}
+            for z in (1, 2, 3)
+        ),
+        {"name": "sharded-stopped", "do": "train", "job": stopped, "sigterm_after": 3},
+        {"name": "sharded-resumed", "do": "train", "job": stopped},
+        {
+            "name": "sharded-families",
+            "do": "sharded_teachers",
+            "job": job("x", zero=2),
+            "folders": {name: str(world.root / name) for name in FAMILIES},
+        },
+    ]
 
 
 def cases_of_one(world: World) -> list[dict[str, Any]]:
@@ -476,6 +502,38 @@ def test_theta_is_clipped_to_the_same_norm(world: World) -> None:
     torch.testing.assert_close(
         clipped["theta.gradient"], free["theta.gradient"] * (1e-3 / norm), rtol=1e-3, atol=1e-9
     )
+
+
+# --- a teacher whose weights are divided over the ranks ------------------------------------------
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_a_sharded_teacher_teaches_the_same_to_the_bit(world: World, zero: int) -> None:
+    """Whatever the student's own ZeRO stage is."""
+    assert reports(world, 2, f"sharded-zero{zero}") == reports(world, 2, f"w4-zero{zero}")
+    found, expected = world.tensors(2, f"sharded-zero{zero}"), world.tensors(2, f"w4-zero{zero}")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_run_with_a_sharded_teacher_is_that_with_a_whole_one(world: World) -> None:
+    """All its steps, stopped after the third and continued."""
+    assert not world.outcome(2, "sharded-stopped")["finished"]
+    assert "continuing after step 3" in world.outcome(2, "sharded-resumed")["log"]
+    assert_same_run(world, "sharded-stopped", "w4-whole")
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_each_family_is_sharded(world: World, family: str) -> None:
+    """Pass after pass, one rank with pictures and one with text alone, the states are the same."""
+    for rank in world.outcome(2, "sharded-families")["ranks"]:
+        found = rank[family]
+        assert found["passes"] == [True] * 4
+        assert found["logits"]
+        assert found["whole"] == [], "nothing is whole between passes"
+        assert found["shares"] == found["halves"]
+        assert found["buffers"] == ["torch.float32"]
 
 
 # --- whole runs: resume, stop, divergence -------------------------------------------------------

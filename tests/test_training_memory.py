@@ -22,9 +22,12 @@ from grace_core.training.memory import (
     BACKWARD,
     FORWARD,
     STEP,
+    TEACHER_PASS,
     Decoder,
+    FrozenTeacher,
     Trained,
     later_bytes,
+    recording_memory,
     training_memory,
 )
 from grace_core.training.recompute import trained_sizes
@@ -141,7 +144,8 @@ def memory_of(zero: Any, processes: int, recompute: Any = "none") -> Any:
     training = Training(
         steps=1, row_tokens=8192, rows_per_step=8, zero_stage=zero, recompute=recompute
     )
-    return training_memory(REAL, training, processes=processes, teacher_weights=8 * GB)
+    teacher = FrozenTeacher(weights=8 * GB)
+    return training_memory(REAL, training, processes=processes, teacher=teacher)
 
 
 def test_the_real_student_worked_by_hand() -> None:
@@ -157,6 +161,22 @@ def test_the_real_student_worked_by_hand() -> None:
     begins = kept + 2 * GB + 2 * REAL.largest + 8192 * 4 * (6144 + 2048)
     assert memory.moments[BACKWARD] == begins
     assert memory.peak == state + begins
+
+
+def test_a_sharded_teacher_is_divided_and_gathered() -> None:
+    training = Training(steps=1, row_tokens=8192, rows_per_step=8)
+    sizes: dict[str, Any] = {"weights": 8 * GB, "head": 151_936 * 4096}
+    whole, sharded = (
+        training_memory(REAL, training, processes=8, teacher=FrozenTeacher(**sizes, shards=shards))
+        for shards in (1, 8)
+    )
+    assert whole.state - sharded.state == 16 * GB * 7 / 8
+    # The head is whole while the student's losses are made, 10^9 weights while the teacher works.
+    assert sharded.moments[FORWARD] - whole.moments[FORWARD] == 2 * 151_936 * 4096
+    assert sharded.moments[TEACHER_PASS] == 2 * GB and TEACHER_PASS not in whole.moments
+    recording = recording_memory(FrozenTeacher(**sizes, shards=8))
+    assert recording.peak == 2 * GB + 2 * GB
+    assert recording_memory(FrozenTeacher(**sizes)).peak == 16 * GB
 
 
 def test_ranks_and_recomputation_take_their_share_off() -> None:

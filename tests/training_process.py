@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import faulthandler
 import gc
+import inspect
 import json
 import logging
 import os
@@ -30,11 +31,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch import distributed as dist
 
+from grace_core.models.forward import RowStates
+from grace_core.models.loading import CheckpointFolder, load_model, read_checkpoint
+from grace_core.models.rows import packed_row
+from grace_core.models.visual_inputs import VisualInputs
 from grace_core.training import loop
 from grace_core.training.checkpoint import unique_parameters
 from grace_core.training.job import TrainingJob
 from grace_core.training.loop import Trainer
 from grace_core.training.stopping import StopSignal
+from grace_core.training.teacher import load_teacher
+from tests.prepared_rows import prepared_row
 
 CPU = torch.device("cpu")
 Outcome = tuple[dict[str, Any], dict[str, Tensor]]
@@ -156,6 +163,50 @@ def train(case: dict[str, Any], job: TrainingJob) -> Outcome:
     return {"finished": finished, "log": records}, {}
 
 
+def sharded_teachers(case: dict[str, Any], job: TrainingJob) -> Outcome:
+    """States and logits of the tiny teachers in `folders`, whole and sharded."""
+    found = {
+        name: _whole_and_sharded(read_checkpoint(Path(folder)), job)
+        for name, folder in case["folders"].items()
+    }
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, found)
+    return {"ranks": everyone}, {}
+
+
+@torch.no_grad()
+def _whole_and_sharded(folder: CheckpointFolder, job: TrainingJob) -> dict[str, Any]:
+    visual = VisualInputs(folder, min_pixels=1024, max_pixels=16384)
+    model = load_model(folder, device=CPU)
+    text_alone = dist.get_rank() > 0
+    samples = [prepared_row(model, i, pictures=0 if text_alone else i) for i in range(3)]
+    row = packed_row(samples, visual)
+    whole, sharded = (
+        load_teacher(folder, weights, job.training, CPU) for weights in ("whole", "sharded")
+    )
+    expected = whole.states(row)
+    passes = [_same_states(sharded.states(row), expected) for _ in range(4)]
+    logits = sharded.head(expected.predicting)
+    # The module that DeepSpeed was given holds everything but the head.
+    body = inspect.getclosurevars(sharded.states).nonlocals["engine"].module
+    parameters = {**dict(body.named_parameters()), "head": sharded.head.weight}
+    return {
+        "passes": passes,
+        "logits": torch.equal(logits, whole.head(expected.predicting)),
+        "whole": [name for name, one in parameters.items() if one.numel()],
+        "shares": {name: one.ds_tensor.numel() for name, one in parameters.items()},
+        "halves": {name: -(-one.ds_numel // 2) for name, one in parameters.items()},
+        "buffers": sorted({str(b.dtype) for b in body.buffers() if b.is_floating_point()}),
+    }
+
+
+def _same_states(found: RowStates, expected: RowStates) -> bool:
+    both = zip(
+        [found.predicting, *found.visual], [expected.predicting, *expected.visual], strict=True
+    )
+    return all(torch.equal(one, other) for one, other in both)
+
+
 def _flip_a_byte(file: Path) -> None:
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
@@ -165,6 +216,7 @@ def _flip_a_byte(file: Path) -> None:
 ACTIONS: dict[str, Callable[[dict[str, Any], TrainingJob], Outcome]] = {
     "first_step": first_step,
     "train": train,
+    "sharded_teachers": sharded_teachers,
 }
 
 

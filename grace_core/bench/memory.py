@@ -16,7 +16,7 @@ from grace_core.bench.markdown import markdown_table
 from grace_core.bench.training_step import InMemoryTrainer, process_group, training_job
 from grace_core.bench.workbench import Workbench
 from grace_core.config.model import Precision
-from grace_core.training.memory import Decoder, Memory, training_memory
+from grace_core.training.memory import Decoder, FrozenTeacher, Memory, training_memory
 from grace_core.training.recompute import trained_sizes
 
 STEPS = 2
@@ -69,12 +69,12 @@ def estimate(bench: Workbench, trainer: InMemoryTrainer, *, row_bytes: int = 0) 
         group_size=group_size,
         decoder=Decoder.of(model.config.get_text_config(), bench.family, fused=on_gpu),
     )
-    teacher = sum(parameter.numel() for parameter in bench.teacher.parameters())
+    weights = sum(parameter.numel() for parameter in bench.teacher.parameters())
     return training_memory(
         sizes,
         training,
         processes=trainer.processes,
-        teacher_weights=teacher,
+        teacher=FrozenTeacher(weights=weights),
         row_bytes=row_bytes,
         on_gpu=on_gpu,
     )

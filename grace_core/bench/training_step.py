@@ -24,9 +24,11 @@ from grace_core.bench.measure import Runner
 from grace_core.bench.random_models import trained_weights
 from grace_core.bench.workbench import GROUP_SIZE, Workbench
 from grace_core.config.model import Precision, Training
+from grace_core.losses.objective import Teacher
 from grace_core.models.loading import CheckpointFolder
+from grace_core.training.engine import deepspeed_engine
 from grace_core.training.job import TrainingJob
-from grace_core.training.loop import Trainer, deepspeed_engine
+from grace_core.training.loop import Trainer
 
 _STEPS = 1000
 """More than are taken, so that no repeat comes after the end of the schedule."""
@@ -121,8 +123,8 @@ class InMemoryTrainer(Trainer):
     def _load_student(self, folder: CheckpointFolder) -> Any:
         return self._bench.new_student()
 
-    def _load_teacher(self, student: CheckpointFolder) -> Any:
-        return self._bench.teacher
+    def _load_teacher(self, student: CheckpointFolder) -> Teacher:
+        return Teacher.of(self._bench.teacher, self._bench.family)
 
 
 class _PlainTraining:

@@ -20,6 +20,7 @@ from grace_core.config.model import Objective, Training
 from grace_core.losses.objective import (
     GlobalCounts,
     StudentObjective,
+    Teacher,
     TermWeights,
     teacher_rows,
 )
@@ -182,8 +183,7 @@ class Workbench:
             logits_bytes=self.training.logits_mib * 2**20,
         )
         taught = teacher_rows(
-            self.teacher,
-            self.family,
+            Teacher.of(self.teacher, self.family),
             self.objective,
             rows,
             logits_bytes=self.training.logits_mib * 2**20,

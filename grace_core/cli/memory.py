@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -13,7 +13,7 @@ from rich.table import Table
 from grace_core.cli.findings import Findings
 from grace_core.config.model import GraceConfig
 from grace_core.doctor.memory import Need, needs
-from grace_core.training.memory import BACKWARD, LIBRARIES, recomputed_layers
+from grace_core.training.memory import BACKWARD, LIBRARIES, STEP, recomputed_layers
 
 CARDS = (24, 40, 48, 80, 141)
 """GB that GPUs are sold with. Taken as 10^9 bytes: they have about 7 % more, left for gaps."""
@@ -56,10 +56,16 @@ def show_memory(config: GraceConfig, findings: Findings, console: Console) -> No
     gpus = f"1 GPU of {processes}" if processes > 1 else "the GPU"
     _say(console, f"Memory of {gpus} in GB, at most{all_layers}")
     console.print(_parts(found))
-    if not all(BACKWARD in need.memory.moments for need in found if need.memory.moments):
+    if not all(BACKWARD in need.memory.moments for need in found if STEP in need.memory.moments):
         _say(console, "Activations are not counted: the models' files are not here.\n")
     _say(console, "How many decoder layers must be recomputed to fit on a GPU of so many GB")
-    console.print(_cards(config, findings))
+    fits = _fits(config, findings)
+    console.print(_cards(fits))
+    whole = config.models.teacher_weights == "whole" and processes > 1
+    teacher = max(need.teacher for need in found)
+    if whole and teacher and any("no" in cells for cells in fits.values()):
+        text = f"models.teacher_weights: sharded divides the teacher's {_gb(teacher)} GB"
+        _say(console, f"{text} by {processes}.\n")
 
 
 def _say(console: Console, text: str) -> None:
@@ -74,30 +80,43 @@ def _parts(found: Sequence[Need]) -> Table:
     for needs_alike in columns:
         table.add_column(", ".join(need.stage for need in needs_alike), justify="right")
     memories = [needs_alike[0].memory for needs_alike in columns]
-    for name in memories[-1].held:
+    for name in _names(memory.held for memory in memories):
         table.add_row(name, *(_gb(memory.held.get(name, 0.0)) for memory in memories))
     table.add_row(
         "CUDA, cuBLAS, NCCL, about", *(_gb(LIBRARIES) for _ in memories), end_section=True
     )
-    for name in memories[-1].moments:
+    for name in _names(memory.moments for memory in memories):
         table.add_row(f"+ {name}", *(_gb(memory.moments.get(name, 0.0)) for memory in memories))
     table.add_section()
     table.add_row("peak", *(_gb(memory.peak + LIBRARIES) for memory in memories))
     return table
 
 
-def _cards(config: GraceConfig, findings: Findings) -> Table:
+def _names(parts: Iterable[Mapping[str, float]]) -> list[str]:
+    """Of the table's rows, each once."""
+    return list(dict.fromkeys(name for part in parts for name in part))
+
+
+def _fits(config: GraceConfig, findings: Findings) -> dict[int, list[str]]:
+    """By ZeRO stage, whether the training fits on each of the `CARDS`."""
+    layers = findings.student.of_text("num_hidden_layers") or 0
+    found: dict[int, list[str]] = {}
+    for stage in ZERO_STAGES:
+        demand = _demand(config, findings, stage, layers)
+        counts = [demand.layers(card) for card in CARDS]
+        found[stage] = [
+            "no" if count is None else f"{count} of {layers}" if layers else "yes"
+            for count in counts
+        ]
+    return found
+
+
+def _cards(fits: Mapping[int, Sequence[str]]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("")
     for card in CARDS:
         table.add_column(str(card), justify="right")
-    layers = findings.student.of_text("num_hidden_layers") or 0
-    for stage in ZERO_STAGES:
-        demand = _demand(config, findings, stage, layers)
-        cells = []
-        for card in CARDS:
-            count = demand.layers(card)
-            cells.append("no" if count is None else f"{count} of {layers}" if layers else "yes")
+    for stage, cells in fits.items():
         table.add_row(f"ZeRO-{stage}", *cells)
     return table
 

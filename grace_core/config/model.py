@@ -52,6 +52,7 @@ SlurmValue = Annotated[str, Field(pattern=r"^\S+$")]
 SlurmOption = Annotated[str, Field(pattern=r"^-[^\r\n]+$")]
 Layers = Annotated[Literal["auto", "none", "all"] | int, PlainValidator(_layers)]
 Precision = Literal["w8", "w4"]
+TeacherWeights = Literal["whole", "sharded"]
 BenchmarkName = Literal[
     "hallusionbench",
     "mmbench",
@@ -100,6 +101,11 @@ class Models(Section):
 
     teacher: CheckpointSource
     student: CheckpointSource
+    teacher_weights: TeacherWeights = Field(
+        "whole",
+        description="where the frozen teacher's weights are while it teaches: whole on every GPU, "
+        "or sharded over all of them (ZeRO-3), for a teacher that does not fit; slower",
+    )
 
 
 class ToyData(Section):

@@ -107,11 +107,18 @@ def _gpus(
             AREA,
             f"GPU {gpu.index} ({gpu.name}) has {in_units(gpu.free)} free of "
             f"{in_units(gpu.total)}; {said}",
-            "use more processes or a higher zero_stage, a GPU with more memory, or free this one",
+            _remedy(config, need),
         )
     if not short:
         least = min(gpu.free for gpu in used)
         yield ok(AREA, f"{len(used)} x {used[0].name}, {in_units(least)} free; {said}")
+
+
+def _remedy(config: GraceConfig, need: Need) -> str:
+    found = "use more processes or a higher zero_stage, a GPU with more memory, or free this one"
+    if need.teacher and config.launch.world_size > 1 and config.models.teacher_weights == "whole":
+        return f"divide the teacher over the GPUs (models.teacher_weights: sharded), or {found}"
+    return found
 
 
 def _in_words(need: Need) -> str:

@@ -12,7 +12,16 @@ from types import SimpleNamespace
 from grace_core.config.model import GraceConfig, Training, TrainingStage
 from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.models.families import FAMILIES
-from grace_core.training.memory import BF16, TEACHER, Decoder, Memory, Trained, training_memory
+from grace_core.training.memory import (
+    BF16,
+    TEACHER,
+    Decoder,
+    FrozenTeacher,
+    Memory,
+    Trained,
+    recording_memory,
+    training_memory,
+)
 
 _PIXEL_BYTES = 12  # three channels of fp32
 _REQUIRED = (
@@ -74,21 +83,20 @@ def needs(
         zero_stage, recomputed: instead of the configured ones.
     """
     found = []
+    taught = _frozen_teacher(config, teacher)
     if config.records_teacher:
-        if teacher.parameters is None:
+        if taught is None:
             return None
-        weights = float(BF16 * teacher.parameters)
-        found.append(Need("teacher-outputs", Memory(held={TEACHER: weights}), weights))
+        memory = recording_memory(taught)
+        found.append(Need("teacher-outputs", memory, memory.held[TEACHER]))
     for stage, section in training_stages(config).items():
         own = trained_checkpoint(stage, teacher, student)
-        taught = teacher.parameters
-        if config.records_teacher or not section.objective.needs_teacher:
-            taught = 0
+        along = section.objective.needs_teacher and not config.records_teacher
         quantized = stage in config.quantize.variants
         model = trained_model(
             own, section.training, group_size=config.quantize.group_size if quantized else None
         )
-        if model is None or taught is None:
+        if model is None or (along and taught is None):
             return None
         training = section.training
         if zero_stage is not None:
@@ -97,13 +105,26 @@ def needs(
             model,
             training,
             processes=config.launch.world_size,
-            teacher_weights=taught,
-            row_bytes=_row_bytes(own, teacher if taught else None),
+            teacher=taught if along else None,
+            row_bytes=_row_bytes(own, teacher if along else None),
             recomputed=recomputed,
             on_gpu=config.launch.device != "cpu",
         )
         found.append(Need(stage, memory, memory.held[TEACHER]))
     return found
+
+
+def _frozen_teacher(config: GraceConfig, checkpoint: Checkpoint) -> FrozenTeacher | None:
+    """None where its number of weights is not known."""
+    if checkpoint.parameters is None:
+        return None
+    sizes = [checkpoint.of_text(name) for name in ("vocab_size", "hidden_size")]
+    sharded = config.models.teacher_weights == "sharded"
+    return FrozenTeacher(
+        weights=checkpoint.parameters,
+        head=math.prod(size or 0 for size in sizes),
+        shards=config.launch.world_size if sharded else 1,
+    )
 
 
 def trained_model(

@@ -14,8 +14,9 @@ pass (:mod:`grace_core.losses.fused_head`).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -30,6 +31,7 @@ from grace_core.losses.controller import (
     FixedBeta,
 )
 from grace_core.losses.fused_head import (
+    SupervisedHead,
     Supervision,
     TaughtRows,
     gates_of_rows,
@@ -44,6 +46,21 @@ from grace_core.models.frozen_tower import TowerStates
 from grace_core.models.rows import PackedRow, groups_of_rows, joined_row
 
 # dims: N supervised tokens of a row, d width
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The frozen teacher, wherever its weights are."""
+
+    states: Callable[[PackedRow], RowStates]
+    """A row's hidden states."""
+
+    head: SupervisedHead
+
+    @staticmethod
+    def of(model: Any, family: Family) -> Teacher:
+        """A model loaded for packed rows, whole on its device."""
+        return Teacher(partial(row_states, model, family), supervised_head(model))
 
 
 @dataclass(frozen=True)
@@ -152,33 +169,33 @@ def omega_at(objective: Objective, step: int) -> float:
 
 @torch.no_grad()
 def teacher_rows(
-    model: Any,
-    family: Family,
+    teacher: Teacher,
     objective: Objective,
     rows: Sequence[PackedRow],
     *,
     logits_bytes: int,
+    row_tokens: int | None = None,
 ) -> list[TeacherRow]:
     """Run the frozen teacher over the rows of a step, short ones together.
 
     Args:
         logits_bytes: what may be held at one time in logits and copies of them.
+        row_tokens: as `groups_of_rows` takes it.
     """
     taught = []
-    for group in groups_of_rows(rows):
-        states = row_states(model, family, joined_row(group))
-        taught += _by_row(model, objective, group, states, logits_bytes)
+    for group in groups_of_rows(rows, row_tokens):
+        states = teacher.states(joined_row(group))
+        taught += _by_row(teacher.head, objective, group, states, logits_bytes)
     return taught
 
 
 def _by_row(
-    model: Any,
+    head: SupervisedHead,
     objective: Objective,
     rows: Sequence[PackedRow],
     states: RowStates,
     logits_bytes: int,
 ) -> list[TeacherRow]:
-    head = supervised_head(model)
     tokens = [len(row.labels) for row in rows]
     if objective.distillation.kind == "gated-decoupled":
         gates = gates_of_rows(head, states.predicting, logits_bytes=logits_bytes).float()

@@ -93,15 +93,20 @@ class PackedRow:
         )
 
 
-def groups_of_rows(rows: Sequence[PackedRow]) -> Iterator[list[PackedRow]]:
+def groups_of_rows(
+    rows: Sequence[PackedRow], row_tokens: int | None = None
+) -> Iterator[list[PackedRow]]:
     """Consecutive rows that go through a frozen part of a model together, as one joined row.
 
     A pass costs the host the same whatever its length, and keeps nothing for a backward pass.
+
+    row_tokens: counted for every row, so that as many rows make as many groups whatever they hold;
+    None: as many as it has.
     """
     group: list[PackedRow] = []
     total = 0
     for row in rows:
-        length = row.input_ids.shape[1]
+        length = row_tokens or row.input_ids.shape[1]
         if group and total + length > _JOINED_TOKENS:
             yield group
             group, total = [], 0

@@ -80,6 +80,7 @@ def plan_teacher_outputs(
     job = TeacherJob(
         stage=OUTPUTS_STAGE,
         teacher=folder.path,
+        teacher_weights=config.models.teacher_weights,
         student=locate_checkpoint(config.models.student).path,
         data=data.path / TRAIN,
         min_pixels=config.data.min_pixels,
@@ -176,6 +177,7 @@ def _plan(
         objective=section.objective,
         student=student.path,
         teacher=teaching.model if teaching else None,
+        teacher_weights=config.models.teacher_weights,
         teacher_outputs=teaching.outputs if teaching else None,
         data=data.path / TRAIN,
         min_pixels=config.data.min_pixels,

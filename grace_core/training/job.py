@@ -13,6 +13,7 @@ from grace_core.config.model import (
     Precision,
     Section,
     TeacherOutputs,
+    TeacherWeights,
     Training,
 )
 
@@ -55,6 +56,7 @@ class TrainingJob(RankJob):
     objective: Objective
     student: Path = Field(description="checkpoint directory the student starts from")
     teacher: Path | None = Field(None, description="checkpoint directory of the frozen teacher")
+    teacher_weights: TeacherWeights = "whole"
     teacher_outputs: Path | None = Field(
         None, description="folder of the teacher's recorded outputs, in place of the teacher"
     )
@@ -93,6 +95,7 @@ class TeacherJob(RankJob):
     """One pass of the teacher over a data set, fully resolved."""
 
     teacher: Path = Field(description="checkpoint directory")
+    teacher_weights: TeacherWeights = "whole"
     student: Path = Field(description="checkpoint directory of whoever learns from the outputs")
     data: Path = Field(description="Arrow directory of prepared samples")
     min_pixels: int

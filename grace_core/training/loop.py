@@ -14,17 +14,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from typing import Any
 
-import deepspeed
 import torch
 from datasets import load_from_disk
 from torch import distributed as dist
-from torch import nn
 
 from grace_core.data.packing import planned_steps
 from grace_core.errors import GraceError
 from grace_core.losses.objective import (
     GlobalCounts,
     StudentObjective,
+    Teacher,
     TeacherRow,
     TermWeights,
     make_controller,
@@ -41,6 +40,7 @@ from grace_core.models.visual_inputs import VisualInputs, check_same_tokens
 from grace_core.quantization.cycle import QuantizationCycle
 from grace_core.quantization.scales import ScaleBank
 from grace_core.training import checkpoint as checkpoints
+from grace_core.training.engine import deepspeed_engine
 from grace_core.training.gradient_shares import gradient_shares
 from grace_core.training.job import TrainingJob
 from grace_core.training.memory import later_bytes
@@ -49,7 +49,6 @@ from grace_core.training.optimizer import (
     rate_at,
     scale_optimizer,
     set_rate,
-    weight_optimizer,
 )
 from grace_core.training.planned_rows import PlannedRows, RankPlan, RecordedRow, row_loader
 from grace_core.training.quantized_start import quantized_start
@@ -62,8 +61,9 @@ from grace_core.training.reports import Agreement, Reporter, StepReport, agree
 from grace_core.training.result import write_result
 from grace_core.training.saved import Layout, Saved, latest_checkpoint
 from grace_core.training.stopping import StopSignal
+from grace_core.training.teacher import gathered_bytes, load_teacher
 from grace_core.training.teacher_outputs import TeacherOutputs
-from grace_core.training.zero import QUANTIZED_ONCE_STAGES, deepspeed_settings
+from grace_core.training.zero import QUANTIZED_ONCE_STAGES
 
 log = logging.getLogger(__name__)
 
@@ -97,7 +97,7 @@ class Trainer:
         folder = read_checkpoint(job.student)
         self.family = folder.family
         self.visual = VisualInputs(folder, min_pixels=job.min_pixels, max_pixels=job.max_pixels)
-        self.teacher: Any = None
+        self.teacher: Teacher | None = None
         if job.objective.needs_teacher and job.teacher_outputs is None:
             self.teacher = self._load_teacher(folder)
         model = self._load_student(folder).train()
@@ -124,6 +124,8 @@ class Trainer:
             processes=self.processes,
             on_gpu=device.type == "cuda",
         )
+        if self.teacher is not None:
+            later += gathered_bytes(self.teacher)
         recompute_layers(
             model,
             self.family,
@@ -233,12 +235,13 @@ class Trainer:
             ]
         if self.teacher is None:
             return [None] * len(rows)
+        training = self.job.training
         return teacher_rows(
             self.teacher,
-            self.family,
             objective,
             rows,
-            logits_bytes=self.job.training.logits_mib * 2**20,
+            logits_bytes=training.logits_mib * 2**20,
+            row_tokens=training.row_tokens if self.job.teacher_weights == "sharded" else None,
         )
 
     def _tower_states(self, rows: Sequence[PackedRow]) -> Iterable[TowerStates | None]:
@@ -276,7 +279,7 @@ class Trainer:
     def _load_student(self, folder: CheckpointFolder) -> Any:
         return load_model(folder, device=self.device, attention="packed")
 
-    def _load_teacher(self, student: CheckpointFolder) -> Any:
+    def _load_teacher(self, student: CheckpointFolder) -> Teacher:
         assert self.job.teacher is not None, "the objective needs a teacher"
         folder = read_checkpoint(self.job.teacher)
         check_pair(folder, student)
@@ -284,9 +287,7 @@ class Trainer:
             folder, min_pixels=self.job.min_pixels, max_pixels=self.job.max_pixels
         )
         check_same_tokens(visual, self.visual)
-        model = load_model(folder, device=self.device, attention="packed")
-        choose_forward(model, folder.family, self.job.training.kernels)
-        return model.requires_grad_(False)
+        return load_teacher(folder, self.job.teacher_weights, self.job.training, self.device)
 
     def _recorded_outputs(self) -> TeacherOutputs | None:
         job, distillation = self.job, self.job.objective.distillation
@@ -430,40 +431,3 @@ def _agreed(job: TrainingJob, layout: Layout) -> Saved | None:
         found = [latest_checkpoint(job.checkpoints, layout)]
     dist.broadcast_object_list(found)
     return found[0]
-
-
-def deepspeed_engine(
-    student: nn.Module, job: TrainingJob, processes: int, device: torch.device
-) -> Any:
-    """Hand the student to DeepSpeed, keeping fp32 buffers (rotary frequencies) in fp32.
-
-    DeepSpeed's bf16 mode casts buffers as well as parameters; rotary frequencies rounded to bf16
-    would train a slightly different model from the one that is released.
-    """
-    buffers = {
-        (module, name): buffer
-        for module in student.modules()
-        for name, buffer in module._buffers.items()
-        if buffer is not None and buffer.dtype == torch.float32
-    }
-    settings = deepspeed_settings(
-        job.training,
-        processes=processes,
-        device="cuda" if device.type == "cuda" else "cpu",
-        quantized=job.precision is not None,
-    )
-    # DeepSpeed would compile an operator that its inference alone uses. The lock of that build
-    # outlives a killed process, and every later start would wait for it, for ever and silently.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(
-        model=student,
-        optimizer=weight_optimizer(student, job.training),
-        config=settings,
-        dist_init_required=False,
-    )
-    # Without ZeRO that step on zero gradients has been made, and Adam's bias correction would
-    # start at two.
-    engine.basic_optimizer.state.clear()
-    for (module, name), buffer in buffers.items():
-        module._buffers[name] = buffer
-    return engine

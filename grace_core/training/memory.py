@@ -74,6 +74,33 @@ class Trained:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrozenTeacher:
+    """The model that teaches, in numbers of weights."""
+
+    weights: int
+    head: int = 0
+    """Of the head's matrix; 0 where it is not known."""
+
+    shards: int = 1
+    """Ranks over which the weights are divided."""
+
+    @property
+    def held(self) -> float:
+        """Bytes of a rank's share."""
+        return BF16 * self.weights / self.shards
+
+    @property
+    def gathered(self) -> float:
+        """Bytes that are whole at one time while the teacher computes, at most."""
+        return _gathered(self.weights) if self.shards > 1 else 0.0
+
+    @property
+    def gathered_head(self) -> float:
+        """Bytes of the head where it is whole in the student's forward pass alone."""
+        return float(BF16 * self.head) if self.shards > 1 else 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Memory:
     """Bytes of one GPU."""
 
@@ -95,6 +122,7 @@ class Memory:
 
 TEACHER, WEIGHTS, QUANTIZED = "teacher's weights", "trained model's weights", "W_hat and scales"
 GRADIENTS, OPTIMIZER, ROWS = "gradients", "fp32 weights and moments", "rows of a step"
+TEACHER_PASS = "teacher's pass"
 FORWARD, BACKWARD, STEP = "forward pass", "backward pass", "optimizer's step"
 
 
@@ -103,7 +131,7 @@ def training_memory(
     training: Training,
     *,
     processes: int,
-    teacher_weights: int = 0,
+    teacher: FrozenTeacher | None = None,
     row_bytes: int = 0,
     recomputed: int | None = None,
     on_gpu: bool = True,
@@ -113,7 +141,6 @@ def training_memory(
     Args:
         model: the student, or the teacher that is fitted.
         processes: ranks that ZeRO divides by.
-        teacher_weights: of the frozen teacher; 0 without one.
         row_bytes: of a token of a row, on the device for the length of a step: its pixels, or the
             teacher's final state.
         recomputed: decoder layers; None: as `training.recompute` says, all of them under `auto`.
@@ -122,7 +149,7 @@ def training_memory(
     stage, share = training.zero_stage, 1 / processes
     rows = training.rows_per_step // processes
     held = {
-        TEACHER: float(BF16 * teacher_weights),
+        TEACHER: teacher.held if teacher is not None else 0.0,
         WEIGHTS: BF16 * model.weights * (share if stage == 3 else 1.0),
         QUANTIZED: _quantized(model, stage),
         GRADIENTS: model.trained * _gradient_bytes(stage, share),
@@ -135,11 +162,26 @@ def training_memory(
     moments = {STEP: _step(model, stage, share, reduction)}
     if model.decoder is not None:
         passes = _Passes(model, model.decoder, training, reduction, recomputed, on_gpu)
-        moments = {FORWARD: passes.forward(), BACKWARD: passes.backward(), **moments}
+        forward = passes.forward() + (teacher.gathered_head if teacher is not None else 0.0)
+        moments = {FORWARD: forward, BACKWARD: passes.backward(), **moments}
+    if teacher is not None and teacher.gathered:
+        moments = {TEACHER_PASS: teacher.gathered, **moments}
     return Memory(held=held, moments=moments)
 
 
-def later_bytes(model: Trained, training: Training, *, processes: int, on_gpu: bool = True) -> int:
+def recording_memory(teacher: FrozenTeacher) -> Memory:
+    """What one rank holds while the teacher's outputs are recorded; activations are not counted."""
+    moments = {TEACHER_PASS: teacher.gathered} if teacher.gathered else {}
+    return Memory(held={TEACHER: teacher.held}, moments=moments)
+
+
+def later_bytes(
+    model: Trained,
+    training: Training,
+    *,
+    processes: int,
+    on_gpu: bool = True,
+) -> int:
     """Bytes that a rank takes only from the first step on, activations apart.
 
     DeepSpeed makes fp32 weights when it is given the model, and under ZeRO-1 and -3 the fp32
@@ -149,7 +191,9 @@ def later_bytes(model: Trained, training: Training, *, processes: int, on_gpu: b
     moments = 2 * FP32 * model.trained * (share if stage >= 1 else 1.0)
     gradients = {0: BF16, 1: BF16, 2: FP32 * share, 3: 0}[stage] * model.trained
     reduction = Reduction.of(training, processes=processes, quantized=bool(model.quantized))
-    passes = _bucket_bytes(stage, reduction, on_gpu) + _gathered(model, stage)
+    passes = _bucket_bytes(stage, reduction, on_gpu)
+    if stage == 3:
+        passes += _gathered(model.weights)
     return int(moments + gradients + passes)
 
 
@@ -197,9 +241,9 @@ def _bucket_bytes(stage: int, reduction: Reduction, on_gpu: bool) -> float:
     return float(BF16 * reduction.elements * (1 + on_gpu)) if stage == 2 else 0.0
 
 
-def _gathered(model: Trained, stage: int) -> float:
-    """Weights that ZeRO-3 has whole at one time, at most."""
-    return float(BF16 * min(GATHERED_ELEMENTS, model.weights)) if stage == 3 else 0.0
+def _gathered(weights: int) -> float:
+    """Bytes that ZeRO-3 has whole at one time, at most."""
+    return float(BF16 * min(GATHERED_ELEMENTS, weights))
 
 
 class _Passes:
@@ -224,7 +268,7 @@ class _Passes:
         self.per_layer = max(1, (model.trained - self.head) // decoder.layers)
         self.trained = model.trained
         self.reduction = reduction
-        self.fixed = _gathered(model, self.stage)
+        self.fixed = _gathered(model.weights) if self.stage == 3 else 0.0
         self.bucket_bytes = _bucket_bytes(self.stage, reduction, on_gpu)
 
     def forward(self) -> float:

@@ -21,17 +21,16 @@ from torch import distributed as dist
 
 from grace_core.errors import GraceError
 from grace_core.events import Event, EventWriter, truncate_after
-from grace_core.losses.fused_head import supervised_head, truncated_rows
+from grace_core.losses.fused_head import truncated_rows
 from grace_core.losses.relational import teacher_relations
 from grace_core.losses.stored_relation import stored_relation
-from grace_core.models.forward import row_states
-from grace_core.models.fused_forward import choose_forward
-from grace_core.models.loading import check_pair, load_model, read_checkpoint
+from grace_core.models.loading import check_pair, read_checkpoint
 from grace_core.models.rows import PackedRow
 from grace_core.models.visual_inputs import VisualInputs, check_same_tokens
 from grace_core.training.job import TeacherJob
 from grace_core.training.planned_rows import PlannedRows, row_loader
 from grace_core.training.stopping import StopSignal
+from grace_core.training.teacher import load_teacher
 from grace_core.training.teacher_outputs import (
     OutputsIndex,
     SampleOutputs,
@@ -72,7 +71,6 @@ class TeacherPass:
         pixels = {"min_pixels": job.min_pixels, "max_pixels": job.max_pixels}
         self.visual = VisualInputs(teacher, **pixels)
         check_same_tokens(self.visual, VisualInputs(student, **pixels))
-        self.family = teacher.family
         self.data = load_from_disk(str(job.data))
         self.lengths: list[int] = list(self.data["num_tokens"])
         self.supervised: list[int] = list(self.data["num_supervised"])
@@ -81,9 +79,7 @@ class TeacherPass:
             raise GraceError(
                 f"{job.data} holds no samples; see quarantine.jsonl beside it for the reasons"
             )
-        self.model = load_model(teacher, device=device, attention="packed").requires_grad_(False)
-        choose_forward(self.model, self.family, job.training.kernels)
-        self.head = supervised_head(self.model)
+        self.teacher = load_teacher(teacher, job.teacher_weights, job.training, device)
         job.shards.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -97,18 +93,24 @@ class TeacherPass:
         events = self._events() if dist.get_rank() == 0 else None
         rows_of = {number: self._rows_of(number) for number in missing}
         plan = [samples for of_shard in rows_of.values() for samples in of_shard]
+        beyond = self._passes_beyond(len(plan))
+        plan += [self._rows_of(0)[0]] * beyond
         planned = PlannedRows(self.data, self.visual, plan)
         rows = iter(row_loader(planned, self.job.training.data_workers, self.device))
         try:
             for number, of_shard in rows_of.items():
                 made: list[SampleOutputs] = []
                 for samples in of_shard:
-                    if stop.requested:
+                    if self._told(stop):
                         return False
                     made += self._of_row(samples, next(rows))
                 write_shard(shard_file(self.job.shards, number), made)
                 if events is not None:
                     self._report(events, "progress")
+            for _ in range(beyond):
+                if self._told(stop):
+                    return False
+                self._of_row(plan[-1], next(rows))
         finally:
             if events is not None:
                 events.close()
@@ -134,13 +136,33 @@ class TeacherPass:
         shutil.rmtree(self.job.result, ignore_errors=True)
         os.replace(self.job.shards, self.job.result)
 
+    def _passes_beyond(self, own: int) -> int:
+        """Passes whose outputs nobody needs: of a sharded teacher all ranks make as many."""
+        if not self._sharded:
+            return 0
+        most = torch.tensor(own, device=self.device)
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)
+        return int(most) - own
+
+    def _told(self, stop: StopSignal) -> bool:
+        """Whether to stop; where the teacher is sharded, as soon as one rank is told to."""
+        if not self._sharded:
+            return stop.requested
+        told = torch.tensor(int(stop.requested), device=self.device)
+        dist.all_reduce(told, op=dist.ReduceOp.MAX)
+        return bool(told)
+
+    @property
+    def _sharded(self) -> bool:
+        return self.job.teacher_weights == "sharded"
+
     @torch.no_grad()
     def _of_row(self, samples: Sequence[int], row: PackedRow) -> list[SampleOutputs]:
         """The outputs of a row's samples, on the CPU."""
         row = row.to(self.device)
-        states = row_states(self.model, self.family, row)
+        states = self.teacher.states(row)
         rows = truncated_rows(
-            self.head,
+            self.teacher.head,
             states.predicting,
             row.labels,
             top_k=self.job.outputs.top_k,

@@ -70,6 +70,25 @@ def deepspeed_settings(
     }
 
 
+def sharded_teacher_settings(training: Training, *, processes: int, device: str) -> dict[str, Any]:
+    """The dictionary for a frozen teacher whose weights are divided over the ranks."""
+    return {
+        "train_batch_size": processes,  # DeepSpeed asks for it, and nothing is made of it
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": True},
+        "zero_optimization": {
+            "stage": 3,
+            "overlap_comm": device == "cuda",
+            "stage3_max_live_parameters": GATHERED_ELEMENTS,
+            "stage3_param_persistence_threshold": training.zero3_persistence_elements,
+            # It would replace torch's linear function in the student too.
+            "memory_efficient_linear": False,
+        },
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+
+
 def _sent_in_fp32(training: Training, *, processes: int, quantized: bool) -> bool:
     """Whether gradients are reduced in fp32.
 
