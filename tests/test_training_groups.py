@@ -49,7 +49,7 @@ LONG_STEPS = 24
 SHORT = {"checkpoint_every": 2}
 CE_ONLY = {"distillation": {"kind": "none"}, "relational": {"enabled": False}}
 TIMES = ("seconds", "tokens_per_second", "data_seconds", "memory_resident_gib")
-GROUP_SECONDS = 300
+GROUP_SECONDS = 500
 
 
 @dataclass

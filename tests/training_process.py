@@ -223,7 +223,7 @@ ACTIONS: dict[str, Callable[[dict[str, Any], TrainingJob], Outcome]] = {
 def main(cases: Path, out: Path) -> None:
     # DeepSpeed collects garbage a dozen times while it sets up; what the imports left stays anyway.
     gc.freeze()
-    faulthandler.dump_traceback_later(250)
+    faulthandler.dump_traceback_later(450)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     dist.init_process_group("gloo")
     for case in json.loads(cases.read_text(encoding="utf-8")):
