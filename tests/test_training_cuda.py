@@ -113,7 +113,7 @@ def test_a_sharded_teacher_teaches_the_same(world: World, zero: int) -> None:
 
 
 def test_recorded_outputs_teach_what_the_teacher_does(world: World) -> None:
-    """With all logits kept."""
+    """With all logits kept; of a sharded teacher where there are two GPUs."""
     ranks = min(2, torch.cuda.device_count())
     online = world.job("online", zero=1, steps=STEPS)
     job = TeacherJob.model_validate(
@@ -122,6 +122,7 @@ def test_recorded_outputs_teach_what_the_teacher_does(world: World) -> None:
             "stage": "teacher-outputs",
             "outputs": TeacherOutputs(top_k=10**6, shard_samples=7),
             "temperature": 2.0,
+            "teacher_weights": "sharded" if ranks > 1 else "whole",
             "training": online["training"] | {"data_workers": 1},
             "device": "cuda",
             "work": world.root / "work" / "outputs",
