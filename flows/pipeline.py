@@ -112,8 +112,8 @@ def published(settings: GraceConfig, run: str, *, holds: bool) -> StageRef:
     models = trained_models(settings, run)
     releases = released_models(settings, run, models)
     evaluations = scores(settings, run, models.get("teacher"), releases)
-    report_of(settings, run, evaluations)
-    regression_gate(settings, run, evaluations, holds=holds)
+    report = report_of(settings, run, evaluations)
+    regression_gate(run, report, holds=holds)
     result = publish_models(settings, run, releases, evaluations)
     show_results(settings, run, result)
     return result

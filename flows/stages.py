@@ -133,8 +133,8 @@ def publish(
             models = trained_models(settings, run)
             releases = released_models(settings, run, models)
             evaluations = scores(settings, run, models.get("teacher"), releases)
-        report_of(settings, run, evaluations)
-        regression_gate(settings, run, evaluations, holds=settings.publish.enabled)
+        report = report_of(settings, run, evaluations)
+        regression_gate(run, report, holds=settings.publish.enabled)
         agreed, approval = decide(settings, run, releases, evaluations, ask=ask, days=days)
         if not agreed:
             return rejected(approval)

@@ -15,7 +15,7 @@ from prefect.logging import get_run_logger
 from grace_core import stages
 from grace_core.artifacts import Artifact
 from grace_core.config import GraceConfig
-from grace_core.evaluation.gate import require_open
+from grace_core.evaluation.gate import GateVerdict, require_open
 from grace_core.evaluation.report.comparison import AVERAGE
 from grace_core.evaluation.report.files import DATA, FOLDER, PAGE, TEXT
 from grace_core.whole_files import write_whole
@@ -60,12 +60,12 @@ def show_report(config: GraceConfig, run: str, report: StageRef) -> None:
 
 
 @task(task_run_name="gate", cache_policy=NO_CACHE)
-def regression_gate(
-    config: GraceConfig, run: str, evaluations: dict[str, StageRef], *, holds: bool
-) -> None:
-    """Record what the regression gate says. Raises GateClosed where it `holds` and is closed."""
-    scored = {label: ref.artifact() for label, ref in evaluations.items()}
-    verdict = stages.gate_verdict(config, scored)
+def regression_gate(run: str, report: StageRef, *, holds: bool) -> None:
+    """Show what the regression gate says. Raises GateClosed where it `holds` and is closed.
+
+    The verdict is the report's own, whose manifest says whether it was changed since.
+    """
+    verdict = GateVerdict.model_validate(report.artifact().manifest.facts["gate"])
     client = MlflowClient()
     state = "open" if verdict.passed else "closed" if verdict.override is None else "overridden"
     client.set_tag(run, "grace.gate", state)

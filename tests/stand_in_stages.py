@@ -20,6 +20,7 @@ from grace_core.events import Event, EventWriter
 from grace_core.publish.approval import Approval
 from grace_core.publish.release_set import FROM_ENVIRONMENT, HubAccess
 from grace_core.stages import StageContext
+from grace_core.stages.reporting import gate_verdict
 from tests.recorded_evaluations import recorded_files
 
 STEPS = 3
@@ -126,7 +127,9 @@ class StandIns:
         models = [{"model": label, "label": label, "scores": {}} for label in evaluations]
         made = json.dumps({"models": models, "comparison": comparison})
         files = {"report.json": made, "report.md": "# Report\n", "index.html": "<p>Report</p>\n"}
-        return self._once(config, context, "report", {}, parents, files=files)
+        section = config.evaluation.gate.model_dump(mode="json")
+        facts = {"gate": gate_verdict(config, evaluations).model_dump(mode="json")}
+        return self._once(config, context, "report", section, parents, files=files, facts=facts)
 
     def publish(
         self,

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from grace_core.stages.evaluation import evaluate
     from grace_core.stages.publishing import find_publication, publish
     from grace_core.stages.releasing import release
-    from grace_core.stages.reporting import gate_verdict, report
+    from grace_core.stages.reporting import report
     from grace_core.stages.training import distill, fit_teacher, quantize, record_teacher
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "evaluate",
     "find_publication",
     "fit_teacher",
-    "gate_verdict",
     "generate_world",
     "prepare_benchmarks",
     "prepare_data",
@@ -48,7 +47,7 @@ _MODULES = {
     "evaluate": "evaluation",
     **dict.fromkeys(("find_publication", "publish"), "publishing"),
     "release": "releasing",
-    **dict.fromkeys(("gate_verdict", "report"), "reporting"),
+    "report": "reporting",
     **dict.fromkeys(("distill", "fit_teacher", "quantize", "record_teacher"), "training"),
 }
 

@@ -39,6 +39,7 @@ _READS = {
     "w4": ("data", "bf16"),
     "release-w4": ("w4",),
     "evaluate-w4": ("release-w4",),
+    "report": ("evaluate-bf16",),
     "publish": ("release-bf16", "evaluate-bf16"),
 }
 """What the next stage reads from those before it, and must notice when it is damaged."""

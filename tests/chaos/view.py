@@ -17,7 +17,7 @@ START = "start"
 STAGES = (
     *(START, "world", "data", "bf16", "w8", "w4", "release-bf16", "release-w8", "release-w4"),
     *("evaluate-teacher", "evaluate-baseline", "evaluate-bf16", "evaluate-w8", "evaluate-w4"),
-    "publish",
+    *("report", "publish"),
 )
 TRAININGS = ("bf16", "w8", "w4")
 
