@@ -11,6 +11,8 @@ import pytest
 
 from grace_core.evaluation.benchmarks import find_benchmark
 from grace_core.evaluation.recorded import read_items, read_responses
+from grace_core.evaluation.report.comparison import compare
+from grace_core.evaluation.report.recorded import find_recorded
 from grace_core.evaluation.score import BenchmarkScore, score
 
 SETS = {
@@ -60,6 +62,28 @@ def test_recorded_metrics(shared_data: Path, name: str) -> None:
     assert list(result.headlines) == named
     assert (result.headline_refused is None) == (expected["headline"] is not None)
     assert result.parse_failures == SETS[name]
+
+
+@pytest.mark.parametrize("name", [name for name, failures in SETS.items() if failures < 49])
+def test_reports_draw_what_the_headline_counts(
+    shared_data: Path, tmp_path: Path, name: str
+) -> None:
+    result = scored(shared_data / "golden" / name, name)
+    benchmark = result.benchmark.name
+    summary = {"label": "w4", "benchmarks": {benchmark: result.to_dict()}}
+    (tmp_path / "predictions").mkdir()
+    (tmp_path / "results.json").write_text(json.dumps(summary))
+    with (tmp_path / "predictions" / f"{benchmark}.jsonl").open("w") as file:
+        file.writelines(json.dumps(item.to_dict()) + "\n" for item in result.items)
+    (model,) = find_recorded([tmp_path])
+    comparison = compare([model], seed=0)
+    assert comparison.unresampled == {}
+    found = comparison.estimates[model.key][benchmark]
+    assert found.interval is not None and result.headline is not None
+    total = result.headline[1].total
+    assert total is not None
+    half = 196 * (found.value / 100 * (1 - found.value / 100) / total) ** 0.5  # of the normal one
+    assert found.interval.high - found.interval.low == pytest.approx(2 * half, rel=0.06)
 
 
 def test_recorded_parse_failures(shared_data: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from grace_core.errors import GraceError
 from grace_core.evaluation.report.comparison import AVERAGE, Comparison, compare
+from grace_core.evaluation.report.document import make_report
 from grace_core.evaluation.report.published import published_for
 from grace_core.evaluation.report.recorded import RecordedModel, find_recorded, read_recorded
 from grace_core.evaluation.report.resampling import interval, resample
@@ -114,6 +116,37 @@ def test_groups_stand_or_fall_together(tmp_path: Path) -> None:
     estimate = comparison.estimates["GRACE W4G128"]["a"]
     assert estimate.value == 50.0 and estimate.interval is not None
     assert (estimate.interval.low, estimate.interval.high) == (0.0, 100.0)
+
+
+def test_partly_right_answers_count_in_part_and_items_may_be_left_out(tmp_path: Path) -> None:
+    folder = write_recorded(tmp_path / "w4", "w4", {"a": [True, False, True, True]})
+    lines = folder / "predictions" / "a.jsonl"
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    records[1] |= {"credit": 0.3}
+    records[3] |= {"counted": False}
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+    results = json.loads((folder / "results.json").read_text())
+    results["benchmarks"]["a"]["headline"]["percent"] = 230 / 3
+    (folder / "results.json").write_text(json.dumps(results))
+    comparison = compare(find_recorded([folder]), seed=0)
+    assert comparison.unresampled == {}
+    within = comparison.estimates["GRACE W4G128"]["a"].interval
+    assert within is not None
+    # All draws the partly right one in 1 of 27, never in 8 of 27; each is more than 2.5 %.
+    assert (within.low, within.high) == (pytest.approx(30.0), pytest.approx(100.0))
+
+
+def test_categories_follow_the_rule_of_the_headline(tmp_path: Path) -> None:
+    folder = write_recorded(tmp_path / "w4", "w4", {"a": [True, False]})
+    results = json.loads((folder / "results.json").read_text())
+    score = results["benchmarks"]["a"]
+    score["headline"]["metric"] = "official.circular"
+    names = ("official.circular_by_category.x.y", "official.by_l2.z", "policy.by_category.x.y")
+    score["metrics"] = {name: {"percent": 50.0} for name in (*names, "official.circular")}
+    (folder / "results.json").write_text(json.dumps(results))
+    made = make_report(find_recorded([folder]), title="t")
+    shown = {kind: list(values) for kind, values in made.categories("a").items()}
+    assert shown == {"category": ["x.y"], "l2": ["z"]}
 
 
 def test_what_cannot_be_compared_is_told_and_left_out(tmp_path: Path) -> None:

@@ -143,9 +143,10 @@ class Benchmark:
     max_new_tokens: Mapping[Kind, int] = field(default_factory=dict)
     """Tokens of an answer at most, by kind."""
 
-    group: Callable[[Gold], str] | None = None
-    """Where the headline counts groups of which every item is right: an item's group, by which
-    reports draw when they say how sure a number is. None: every item counts for itself."""
+    group: Callable[[Gold], str | None] | None = None
+    """An item's group, where the headline counts groups of which every item is right, and None for
+    an item that the headline leaves out: how reports draw when they say how sure a number is.
+    Without it every item counts for itself."""
 
     keep: Callable[[Row], bool] = lambda row: True
     """Whether a row belongs to the benchmark; the others are neither asked nor expected."""

@@ -26,20 +26,30 @@ class ItemScore:
     group: str | None = None
     """The item's group, where the headline counts whole groups."""
 
+    counted: bool = True
+    """Whether the headline counts the item."""
+
     def to_dict(self) -> dict[str, Any]:
         """`{"id", "response", "error", "answer", "correct"}`; None where there is no such thing.
 
-        `group` is added where the headline counts whole groups.
+        Where they say something: `credit`, what a partly right answer counts; `group`, of items
+        that stand or fall together under the headline; `counted`, false for an item it leaves out.
         """
         judged = self.reading is not None and bool(self.gold.answers)
-        record = {
+        record: dict[str, Any] = {
             "id": self.gold.id,
             "response": None if self.prediction is None else self.prediction.response,
             "error": None if self.prediction is None else self.prediction.error,
             "answer": None if self.reading is None else self.reading.answer,
             "correct": self.reading.correct if self.reading is not None and judged else None,
         }
-        return record if self.group is None else {**record, "group": self.group}
+        if self.reading is not None and self.reading.credit is not None:
+            record["credit"] = self.reading.credit
+        if self.group is not None:
+            record["group"] = self.group
+        if not self.counted:
+            record["counted"] = False
+        return record
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,7 @@ def score(
     when files of different runs are mixed.
     """
     found = _by_id(benchmark, {gold.id for gold in golds}, predictions)
+    grouped = [(gold, benchmark.group(gold) if benchmark.group else None) for gold in golds]
     metrics: Metrics = {}
     rules: list[RuleScore] = []
     items: tuple[ItemScore, ...] = ()
@@ -189,9 +200,10 @@ def score(
                 gold,
                 found.get(gold.id),
                 readings.get(gold.id),
-                None if benchmark.group is None else benchmark.group(gold),
+                group,
+                counted=benchmark.group is None or group is not None,
             )
-            for gold in golds
+            for gold, group in grouped
             if gold.id not in aside
         )
         unread = (each.gold.id for each in scored if each.reading and not each.reading.answer)

@@ -96,6 +96,7 @@ HALLUSIONBENCH = Benchmark(
     rules=(POLICY,),
     metrics=_metrics,
     headline=("policy.answered_rows_with_image.aAcc", "policy.answered_rows_all.aAcc"),
+    group=lambda gold: gold.id if gold.fields["picture"] == "yes" else None,
     max_new_tokens={"yesno": 128},
     rows=1129,
     other_rows=(951,),  # those with a picture

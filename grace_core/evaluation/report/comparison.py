@@ -43,7 +43,7 @@ class Difference:
     """Of `first`: no difference is shown where the interval holds 0."""
 
     only_first: int | None = None
-    """Items that only `first` has right; None for the average."""
+    """Items that `first` has right and `second` not, or less so; None for the average."""
 
     only_second: int | None = None
 
@@ -127,9 +127,11 @@ def _percent(model: RecordedModel, name: str) -> float | None:
 
 def _cannot_resample(scored: Sequence[RecordedModel], name: str) -> str | None:
     first = scored[0].items[name]
-    expected = [(item.id, item.group) for item in first]
+    if not any(item.counted for item in first):
+        return "its headline counts other items than the benchmark's declaration says"
+    expected = [(item.id, item.group, item.counted) for item in first]
     for model in scored:
-        if [(item.id, item.group) for item in model.items[name]] != expected:
+        if [(item.id, item.group, item.counted) for item in model.items[name]] != expected:
             return f"{model.key} was scored on other items than {scored[0].key}"
     headlines = [model.scores[name].headline for model in scored]
     rules = {headline.metric for headline in headlines if headline is not None}
@@ -139,8 +141,10 @@ def _cannot_resample(scored: Sequence[RecordedModel], name: str) -> str | None:
 def _draw(
     scored: Sequence[RecordedModel], name: str, seed: int, resamples: int
 ) -> dict[str, _Sample]:
-    items = scored[0].items[name]
-    correct = np.array([[bool(item.correct) for item in model.items[name]] for model in scored]).T
+    items = [item for item in scored[0].items[name] if item.counted]
+    correct = np.array(
+        [[item.value for item in model.items[name] if item.counted] for model in scored]
+    ).T
     whole = any(item.group is not None for item in items)
     groups = [_unit(item) for item in items]
     found: Draws = resample(
@@ -193,10 +197,11 @@ def _difference(
     only: tuple[int | None, int | None] = (None, None)
     if on != AVERAGE:
         pairs = [
-            (bool(a.correct), bool(b.correct))
+            (a.value, b.value)
             for a, b in zip(first.items[on], second.items[on], strict=True)
+            if a.counted
         ]
-        only = (pairs.count((True, False)), pairs.count((False, True)))
+        only = (sum(a > b for a, b in pairs), sum(a < b for a, b in pairs))
     value = one.value - other.value
     return Difference(first.key, second.key, on, value, within, verdict, *only)
 

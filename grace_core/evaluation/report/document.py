@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -14,7 +15,8 @@ from grace_core.evaluation.report.recorded import MetricRecord, RecordedModel
 from grace_core.evaluation.report.resampling import LEVEL, RESAMPLES
 from grace_core.evaluation.table import ResultRow, ResultsTable, results_table
 
-_BY = ".by_"
+_BY = re.compile(r"(?P<of>.+?)[._]by_(?P<kind>\w+)\.(?P<value>.+)")
+"""The name of a metric that is one value of a break-down."""
 
 
 @dataclass(frozen=True)
@@ -46,13 +48,13 @@ class Report:
             score = model.scores.get(benchmark)
             if score is None:
                 continue
-            rule = score.headline.metric if score.headline else next(iter(score.metrics), "")
+            headline = score.headline.metric if score.headline else next(iter(score.metrics), "")
             for name, metric in score.metrics.items():
-                before, by, after = name.partition(_BY)
-                # A longer path before it is another variant of the same break-down.
-                if by and (rule.startswith(f"{before}.") or rule == before):
-                    kind, _, value = after.partition(".")
-                    found.setdefault(kind, {}).setdefault(value, {})[model.key] = metric
+                parts = _BY.fullmatch(name)
+                # What stands before it is the headline's rule, or its variant of that rule.
+                if parts is not None and headline.startswith(parts["of"]):
+                    values = found.setdefault(parts["kind"], {})
+                    values.setdefault(parts["value"], {})[model.key] = metric
         return found
 
     def to_dict(self) -> dict[str, Any]:

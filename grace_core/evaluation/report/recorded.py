@@ -36,8 +36,19 @@ class ItemRecord(_Recorded):
     """What was read from the response; "" is a parse failure, None is no response."""
 
     correct: bool | None = None
+    credit: float | None = None
+    """What a partly right answer counts, in [0, 1]; None: all or nothing."""
+
     group: str | None = None
     """Items of one group stand or fall together under the headline; None: the item alone."""
+
+    counted: bool = True
+    """Whether the headline counts the item."""
+
+    @property
+    def value(self) -> float:
+        """What the answer counts, in [0, 1]."""
+        return float(bool(self.correct)) if self.credit is None else self.credit
 
 
 class MetricRecord(_Recorded):

@@ -44,7 +44,7 @@ class Draws:
 
 
 def resample(
-    correct: NDArray[np.bool_],
+    correct: NDArray[np.bool_] | NDArray[np.float64],
     groups: Sequence[Hashable],
     *,
     whole_groups: bool,
@@ -55,7 +55,7 @@ def resample(
     """Bootstrap the share of right answers of several models on the same items.
 
     Args:
-        correct: (items, models).
+        correct: (items, models), in [0, 1].
         groups: of each item; groups are what is drawn.
         whole_groups: a group counts once, as right where all its items are; otherwise its items
             count, each for itself.
@@ -69,7 +69,7 @@ def resample(
     )
     if whole_groups:
         right, sizes = right == sizes[:, None], np.ones_like(sizes)
-    units = np.concatenate([sizes[:, None], right], axis=1).astype(np.int64)
+    units = np.concatenate([sizes[:, None], right], axis=1)
     patterns, counts = np.unique(units, axis=0, return_counts=True)
     random = np.random.default_rng([seed, zlib.crc32(name.encode("utf-8"))])
     drawn = random.multinomial(counts.sum(), counts / counts.sum(), size=resamples)
