@@ -8,20 +8,28 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 from grace_core.export.compressed import COMPRESSED
+from grace_core.export.formats import PackedForm
 from grace_core.export.release import export_packed
 from grace_core.quantization.checkpoint import save_scales
 from grace_core.quantization.convert import convert
 from tests.tiny_models import DECODER, FAMILIES, save_tiny
 
 
-def packed_release(folder: Path, family: str, bits: int, *, group_size: int = 128) -> Path:
+def packed_release(
+    folder: Path,
+    family: str,
+    bits: int,
+    *,
+    group_size: int = 128,
+    form: PackedForm = COMPRESSED,
+) -> Path:
     """A release as `grace release` leaves it, of two decoder layers."""
     source = folder / "trained"
     save_tiny(FAMILIES[family](seed=bits, layers=2), source)
     latent = AutoModelForImageTextToText.from_pretrained(source)
     bank = convert(latent, decoder_prefix=DECODER, bits=bits, group_size=group_size)
     save_scales(source, bank, bits=bits, group_size=group_size)
-    export_packed(source, folder / "release", COMPRESSED)
+    export_packed(source, folder / "release", form)
     return folder / "release"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,19 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from grace_core.errors import GraceError
+from grace_core.export.awq import AWQ
 from grace_core.inference.decoder import Decoder
 from grace_core.inference.decoding import Decoding
 from grace_core.inference.loading import load_packed, load_release
 from grace_core.inference.packed_linear import PackedLinear
-from grace_core.inference.prompts import Prompt, expanded, prompt_row
+from grace_core.inference.prompts import (
+    Prompt,
+    expanded,
+    picture_starts,
+    prompt_row,
+    rest_of_prompt,
+)
+from grace_core.inference.sampling import Sampler
 from grace_core.models.families import family_of
 from grace_core.models.loading import load_model, read_checkpoint
 from grace_core.models.visual_inputs import VisualInputs
@@ -153,6 +162,35 @@ def test_any_release_is_loaded(tmp_path: Path, releases: dict[tuple[str, int], P
         load_packed(dense, "cpu")
 
 
+@pytest.fixture(scope="module")
+def awq(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return packed_release(tmp_path_factory.mktemp("awq"), "qwen3_vl", 4, form=AWQ)
+
+
+def test_awq_is_the_same_model(releases: dict[tuple[str, int], Path], awq: Path) -> None:
+    expected = load_packed(releases["qwen3_vl", 4], "cpu").state_dict()
+    found = load_packed(awq, "cpu").state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+
+
+def test_awq_of_others_is_refused(awq: Path, tmp_path: Path) -> None:
+    tensors = load_file(awq / "model.safetensors")
+    name = next(one for one in sorted(tensors) if one.endswith(".scales"))
+    finer = tensors[name] * (1 + 2**-10)
+    with pytest.raises(GraceError, match=r"no bf16 numbers.*grace import"):
+        load_packed(changed(awq, tmp_path / "scales", ".scales", finer), "cpu")
+    zeros = torch.zeros_like(tensors[name.replace("scales", "qzeros")])
+    with pytest.raises(GraceError, match="zero points other than 8"):
+        load_packed(changed(awq, tmp_path / "zeros", ".qzeros", zeros), "cpu")
+    config = json.loads((awq / "config.json").read_text())
+    config["quantization_config"]["version"] = "gemv"
+    shutil.copytree(awq, tmp_path / "gemv")
+    (tmp_path / "gemv" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(GraceError, match="AWQ 'gemv' of 4 bits"):
+        load_packed(tmp_path / "gemv", "cpu")
+
+
 def changed(release: Path, folder: Path, name: str, tensor: Tensor | None) -> Path:
     """A copy in which the first tensor whose name ends so is another, or gone."""
     shutil.copytree(release, folder)
@@ -232,3 +270,69 @@ def test_a_full_row_stays_within_itself(tmp_path: Path) -> None:
             answer.append(decoding.logits[1].clone())
         answers.append(torch.stack(answer))
     torch.testing.assert_close(*answers, rtol=1e-5, atol=1e-5)
+
+
+def test_a_prompt_in_two_parts_is_the_prompt(tmp_path: Path) -> None:
+    """Other rows are left as they are, and what a row held beyond the part is forgotten."""
+    checkpoint = read_checkpoint(save_tiny(FAMILIES["qwen3_vl"](seed=3), tmp_path / "model"))
+    visual = VisualInputs(checkpoint, max_pixels=16384)
+    decoder = Decoder(load_model(checkpoint, device="cpu", dtype=torch.float32), checkpoint.family)
+    _, short, long = prompts(visual)
+    starts = picture_starts(long, visual)
+    for held in (1, starts[0], starts[1], starts[1] - 1, len(long.input_ids) - 1):
+        logits = []
+        for parts in (False, True):
+            decoding = Decoding(decoder, rows=2, capacity=64)
+            decoding.put(prompt_row([long, short], visual), [1, 0])
+            if parts:
+                for _ in range(3):
+                    decoding.step()
+                decoding.put(prompt_row([short], visual), [0])
+                decoding.extend(rest_of_prompt(long, held, visual), 1, held)
+            for _ in range(3):
+                logits.append(decoding.logits.clone())
+                decoding.step()
+        torch.testing.assert_close(
+            torch.stack(logits[:3]), torch.stack(logits[3:]), rtol=1e-4, atol=1e-4
+        )
+
+
+def test_tokens_are_drawn_with_their_probabilities() -> None:
+    """Against exact ones by Pearson's statistic: 4 degrees of freedom, 18.5 is 1 in 1000."""
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0, 0.5, -torch.inf])
+    draws = 20_000
+    for temperature in (0.5, 1.0, 2.0):
+        sampler = Sampler(temperature, seed=5, device=torch.device("cpu"))
+        drawn = torch.bincount(sampler(logits.expand(draws, -1)), minlength=len(logits))
+        weights = [math.exp(one / temperature) for one in logits.tolist()]
+        expected = [draws * weight / sum(weights) for weight in weights]
+        assert drawn[5] == 0
+        statistic = sum((int(n) - e) ** 2 / e for n, e in zip(drawn[:5], expected[:5], strict=True))
+        assert statistic < 18.5
+        assert statistic > 0.05, "draws as even as that were not drawn"
+
+
+def test_drawing_repeats_with_its_seed(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(save_tiny(FAMILIES["qwen3_vl"](layers=2), tmp_path / "model"))
+    visual = VisualInputs(checkpoint)
+    decoder = Decoder(load_model(checkpoint, device="cpu", dtype=torch.float32), checkpoint.family)
+
+    def drawn(seed: int) -> list[list[int]]:
+        sampler = Sampler(1.0, seed=seed, device=torch.device("cpu"))
+        decoding = Decoding(decoder, rows=2, capacity=32, sampler=sampler)
+        decoding.put(prompt_row([Prompt([40, 41]), Prompt([40, 41])], visual), [0, 1])
+        answers = []
+        for _ in range(10):
+            answers.append(decoding.tokens.tolist())
+            decoding.step()
+        return answers
+
+    once = drawn(1)
+    assert once == drawn(1) != drawn(2)
+    assert [one for one, _ in once] != [other for _, other in once], "rows draw for themselves"
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_a_temperature_is_above_0(temperature: float) -> None:
+    with pytest.raises(GraceError, match="not above 0"):
+        Sampler(temperature, seed=0, device=torch.device("cpu"))

@@ -17,7 +17,9 @@ def bench_device(wanted: Literal["auto", "cpu", "cuda"]) -> torch.device:
         GraceError: `cuda` is wanted and there is none.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise GraceError("torch sees no GPU; take --device cpu with --shapes toy")
+        raise GraceError(
+            "torch sees no GPU here; take --device cpu (a bench then wants --shapes toy)"
+        )
     if wanted == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))

@@ -19,9 +19,10 @@ from grace_core.bench.random_models import random_model, twin
 from grace_core.bench.samples import folder_without_weights
 from grace_core.bench.shapes import Shapes
 from grace_core.evaluation.engine.generation import GenerationEngine
-from grace_core.evaluation.engine.prompts import chat_text
+from grace_core.evaluation.engine.prompts import messages
 from grace_core.evaluation.items import Question
 from grace_core.models.loading import expect_packed_rows, load_tokenizer
+from grace_core.models.prompts import chat_text
 from grace_core.models.visual_inputs import VisualInputs
 
 GOALS = {"cuda": 20.0, "cpu": 3.0}
@@ -166,7 +167,7 @@ def _alone(
     said = {}
     for question in questions:
         pictures = [picture.open() for picture in question.pictures]
-        text = chat_text(question, tokenizer)
+        text = chat_text(messages(question), tokenizer)
         placeholder = tokenizer.convert_ids_to_tokens(visual.image_token_id)
         _, count = visual.grid_and_tokens(pictures[0])
         text = text.replace(placeholder, placeholder * count)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from grace_core.errors import GraceError
 from grace_core.inference import layer_operations
@@ -105,6 +106,7 @@ class Decoder:
         values: Tensor,
         places: Tensor,
         features: PictureFeatures | None = None,
+        before: slice = slice(0, 0),
     ) -> Tensor:
         """Run prompts through the decoder and keep their keys and values.
 
@@ -114,6 +116,8 @@ class Decoder:
             keys: (layers, B T, J, D), written to; `values` likewise.
             places: (M,) int64, each token's place in these.
             features: of the row's pictures where they are known already.
+            before: places of what goes before the row's only prompt, if anything: the tokens
+                attend to these keys and values, too.
 
         Returns:
             (len(predicting), d) states after the last norm.
@@ -131,8 +135,12 @@ class Decoder:
         turns = torch.arange(len(cosines), device=self.device)
         heads, kept = self.heads, self.kept_heads
 
-        def attention(_: int, turned: Tensor) -> Tensor:
+        def attention(layer: int, turned: Tensor) -> Tensor:
             query, key, value = turned.split([heads, kept, kept], dim=1)
+            if before.stop > before.start:
+                key = torch.cat((keys[layer, before], key))
+                value = torch.cat((values[layer, before], value))
+                return _attend_to_all_before(query, key, value, self.scale)
             attended = attend(query, key, value, row.samples, scale=self.scale, causal=True)
             return attended.flatten(1)
 
@@ -246,6 +254,26 @@ def _layer(module: Any) -> Layer:
         mlp_norm=module.post_attention_layernorm,
         head_norms=norms,
     )
+
+
+def _attend_to_all_before(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last M of T tokens, (M, H D).
+
+    Args:
+        query: (M, H, D).
+        key: (T, J, D), and `value` likewise.
+    """
+    count, total = len(query), len(key)
+    seen = torch.ones(count, total, dtype=torch.bool, device=query.device).tril(total - count)
+    attended = F.scaled_dot_product_attention(
+        query.transpose(0, 1)[None],
+        key.transpose(0, 1)[None],
+        value.transpose(0, 1)[None],
+        attn_mask=seen,
+        scale=scale,
+        enable_gqa=True,
+    )
+    return attended[0].transpose(0, 1).flatten(1)
 
 
 def _norm(module: Any) -> tuple[Tensor, float]:

@@ -13,6 +13,7 @@ import torch
 
 from grace_core.errors import GraceError
 from grace_core.inference.decoder import Decoder, PictureFeatures, Placed
+from grace_core.inference.sampling import Sampler
 from grace_core.models.rows import PackedRow
 
 _MULTIPLE = 16
@@ -26,13 +27,21 @@ class Decoding:
     """State of `rows` rows of at most `capacity` tokens, prompts included."""
 
     def __init__(
-        self, decoder: Decoder, *, rows: int, capacity: int, graph: bool | None = None
+        self,
+        decoder: Decoder,
+        *,
+        rows: int,
+        capacity: int,
+        graph: bool | None = None,
+        sampler: Sampler | None = None,
     ) -> None:
         """Take the memory.
 
         Args:
             capacity: rounded up to a multiple of 16.
             graph: record a step as a CUDA graph; by default wherever there is a GPU.
+            sampler: chooses the tokens; by default the likeliest one is taken. It draws for all
+                rows at once, so what a row draws depends on the others.
 
         Memory: 4 x layers x rows x capacity x key-value heads x head width bytes in bf16.
         """
@@ -48,12 +57,13 @@ class Decoding:
         self._cosines, self._sines = decoder.rotary_table(capacity)
         self._begins = torch.arange(rows, device=device) * capacity
         self.tokens = torch.zeros(rows, dtype=torch.long, device=device)
-        """(rows,) int64: each row's newest token, not yet put through the decoder. The likeliest
-        one after `put` and `step`; may be overwritten, in place, by another choice."""
+        """(rows,) int64: each row's newest token, not yet put through the decoder. May be
+        overwritten, in place, by another choice."""
         self._places = self._begins.clone()
         self._turns = torch.zeros_like(self.tokens)
         self.logits = torch.zeros(rows, decoder.vocabulary, dtype=decoder.dtype, device=device)
         """(rows, V): what `tokens` were chosen by."""
+        self._sampler = sampler
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @torch.inference_mode()
@@ -72,7 +82,32 @@ class Decoding:
         """
         lengths = row.samples.lengths
         assert len(lengths) == len(into) == len(set(into))
-        longest = max(lengths)
+        self._put(row, into, 0, features)
+
+    @torch.inference_mode()
+    def extend(self, rest: PackedRow, row: int, held: int) -> None:
+        """Go on with what a row holds already: run the rest of a prompt after its first tokens.
+
+        Args:
+            rest: of one prompt, see `prompts.rest_of_prompt`; on any device.
+            row: that it goes into.
+            held: tokens of the row that stay, at least 1; further ones are overwritten.
+
+        Raises:
+            GraceError: the whole prompt leaves no room for an answer.
+        """
+        assert len(rest.samples.lengths) == 1 and held > 0
+        self._put(rest, [row], held, None)
+
+    def _put(
+        self,
+        row: PackedRow,
+        into: Sequence[int],
+        held: int,
+        features: PictureFeatures | None,
+    ) -> None:
+        lengths = row.samples.lengths
+        longest = held + max(lengths)
         if longest >= self.capacity:
             raise GraceError(
                 f"a prompt of {longest} tokens leaves no room for an answer: rows hold "
@@ -84,7 +119,7 @@ class Decoding:
         rows = torch.tensor(list(into))
         places = torch.cat(
             [
-                torch.arange(length) + index * self.capacity
+                torch.arange(held, held + length) + index * self.capacity
                 for index, length in zip(into, lengths, strict=True)
             ]
         )
@@ -94,26 +129,30 @@ class Decoding:
             self._values.flatten(1, 2),
             places.to(device),
             features,
+            before=slice(into[0] * self.capacity, into[0] * self.capacity + held),
         )
         rows = rows.to(device)
         logits = self.decoder.logits(states)
         self.logits[rows] = logits
-        self.tokens[rows] = logits.argmax(-1)
-        self._places[rows] = self._begins[rows] + torch.tensor(lengths, device=device)
+        self.tokens[rows] = logits.argmax(-1) if self._sampler is None else self._sampler(logits)
+        filled = torch.tensor(lengths, device=device) + held
+        self._places[rows] = self._begins[rows] + filled
         self._turns[rows] = torch.tensor(ends, device=device)
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Put every row's newest token through the decoder and choose the next, the likeliest.
+        """Put every row's newest token through the decoder and choose the next.
 
         A row that is full stays where it is and goes on overwriting its last place.
         """
         if not self._records:
             self._step()
-            return
-        if self._graph is None:
-            self._graph = self._recorded()
-        self._graph.replay()
+        else:
+            if self._graph is None:
+                self._graph = self._recorded()
+            self._graph.replay()
+        if self._sampler is not None:
+            self.tokens.copy_(self._sampler(self.logits))
 
     def _step(self) -> None:
         placed = Placed(self._places, self._cosines, self._sines, self._turns)

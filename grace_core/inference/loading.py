@@ -7,7 +7,7 @@ into their places; no quantized layer ever exists unpacked.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,14 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig, PreTrainedModel
 
 from grace_core.errors import GraceError
+from grace_core.export.awq import AWQ
 from grace_core.export.checkpoint import WeightFiles, model_names, weight_files
+from grace_core.export.compressed import COMPRESSED
+from grace_core.export.formats import PackedForm
 from grace_core.inference.packed_store import PackedStore
 from grace_core.models.loading import CheckpointFolder, load_model, read_checkpoint
 from grace_core.quantization.lsq import SCALE_DTYPE
-from grace_core.quantization.packing import PACKABLE_BITS
-
-_PACKED, _SCALE, _SHAPE = ".weight_packed", ".weight_scale", ".weight_shape"
+from grace_core.quantization.packing import PACKABLE_BITS, pack_codes
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Packing:
 
     bits: int
     group_size: int
+    form: PackedForm
 
 
 def load_release(
@@ -53,7 +55,8 @@ def load_packed(
 ) -> Any:
     """A W8 or W4 release with its quantized layers packed: an ordinary transformers model.
 
-    Its linear layers are `PackedLinear`s; everything else is as `from_pretrained` makes it.
+    Its linear layers are `PackedLinear`s; everything else is as `from_pretrained` makes it. AWQ's
+    words are dealt out as compressed-tensors', so both forms of a release give the same model.
 
     Args:
         dtype: of everything that is not packed; inputs of packed layers have it too.
@@ -95,9 +98,22 @@ def packing_of(checkpoint: CheckpointFolder) -> Packing | None:
     described = checkpoint.config.get("quantization_config")
     if described is None:
         return None
-    problem = None
+    awq = described.get("quant_method") == "awq"
+    problem, bits, group_size = (_as_awq if awq else _as_compressed)(described)
+    if problem is not None:
+        raise GraceError(
+            f"{checkpoint.path} cannot be kept packed: {problem}. Read here are compressed-tensors "
+            "`pack-quantized` and AWQ GEMM, 4 or 8 bits, symmetric, by group, as `grace release` "
+            "writes them; `grace import` and `grace pack` make such a release of a published one"
+        )
+    return Packing(bits, group_size, AWQ if awq else COMPRESSED)
+
+
+def _as_compressed(described: Mapping[str, Any]) -> tuple[str | None, int, int]:
+    """Why a `quantization_config` is not read here, or None; bits and group size."""
     groups = list(described.get("config_groups", {}).values())
     weights = groups[0].get("weights", {}) if groups else {}
+    problem = None
     if described.get("format") != "pack-quantized":
         problem = f"its format is {described.get('format', described.get('quant_method'))!r}"
     elif described.get("quantization_status") != "compressed":
@@ -109,12 +125,18 @@ def packing_of(checkpoint: CheckpointFolder) -> Packing | None:
     elif weights.get("num_bits") not in PACKABLE_BITS:
         problem = f"its codes have {weights.get('num_bits')} bits"
     if problem is not None:
-        raise GraceError(
-            f"{checkpoint.path} cannot be kept packed: {problem}. Read here are compressed-tensors "
-            "`pack-quantized` releases, 4 or 8 bits, symmetric, by group, as `grace release` "
-            "writes them"
-        )
-    return Packing(int(weights["num_bits"]), int(weights["group_size"]))
+        return problem, 0, 0
+    return None, int(weights["num_bits"]), int(weights["group_size"])
+
+
+def _as_awq(described: Mapping[str, Any]) -> tuple[str | None, int, int]:
+    """As `_as_compressed`, for AWQ; whether its codes are symmetric, its zero points tell."""
+    bits, group_size = described.get("bits"), described.get("group_size")
+    if described.get("version") != "gemm" or bits not in AWQ.widths:
+        return f"it is AWQ {described.get('version')!r} of {bits} bits", 0, 0
+    if not isinstance(group_size, int) or group_size < 1:
+        return f"its group size is {group_size}", 0, 0
+    return None, bits, group_size
 
 
 @dataclass(frozen=True)
@@ -131,7 +153,7 @@ def _packed_layers(model: Any, files: WeightFiles, packing: Packing) -> dict[str
     Raises:
         GraceError: one is no linear layer of the model.
     """
-    on_disk = [name.removesuffix(_PACKED) for name in files.names if name.endswith(_PACKED)]
+    on_disk = [name.removesuffix(".weight") for name in packing.form.weights(files.names)]
     renamed = model_names(model, [f"{name}.weight" for name in on_disk])
     by_name = {renamed[f"{name}.weight"].removesuffix(".weight"): name for name in on_disk}
     linears = {
@@ -159,57 +181,72 @@ def _fill(
         bits=packing.bits,
         group_size=packing.group_size,
     )
-    parts: dict[str, dict[str, Tensor]] = {}
+    parts = {part for name in layers for part in packing.form.parts(f"{name}.weight")}
+    names = model_names(model, [name for name in files.names if name not in parts])
     biases: dict[str, Tensor] = {}
-    plain = [name for name in files.names if not name.endswith((_PACKED, _SCALE, _SHAPE))]
-    names = model_names(model, plain)
-    for file in files.files:
-        for name, tensor in files.tensors(file):
-            if name in names:
-                target = names[name]
-                moved = tensor.to(device, dtype if tensor.is_floating_point() else None)
-                layer, _, own = target.rpartition(".")
-                if own == "bias" and any(place.name == layer for place in layers.values()):
-                    biases[layer] = moved
-                else:
-                    _set(model, target, moved)
-                continue
-            layer, _, kind = name.rpartition(".")
-            if layer not in layers:
-                raise GraceError(f"{files.folder}: {name} belongs to no packed layer")
-            found = parts.setdefault(layer, {})
-            found[f".{kind}"] = tensor
-            if len(found) == 3:
-                place = layers[layer]
-                _check(files.folder, layer, found, place.linear, packing)
-                words, scales = found[_PACKED].to(device), found[_SCALE].to(device)
-                model.set_submodule(place.name, store.layer(layer, words, scales))
-                del parts[layer]
-    for layer, bias in biases.items():
-        model.get_submodule(layer).bias = bias
-    if parts:
-        layer, found = next(iter(parts.items()))
-        raise GraceError(f"{files.folder}: {layer} has only {', '.join(sorted(found))}")
+    for name, place in layers.items():
+        words, scales = _words(files, name, place.linear, packing)
+        layer = store.layer(name, words.to(device), scales.to(device))
+        model.set_submodule(place.name, layer)
+    packed = {place.name for place in layers.values()}
+    for name, target in names.items():
+        tensor = files.read(name)
+        moved = tensor.to(device, dtype if tensor.is_floating_point() else None)
+        layer_name, _, own = target.rpartition(".")
+        if own == "bias" and layer_name in packed:
+            biases[layer_name] = moved
+        else:
+            _set(model, target, moved)
+    for layer_name, bias in biases.items():
+        model.get_submodule(layer_name).bias = bias
 
 
-def _check(
-    folder: Path, layer: str, found: dict[str, Tensor], linear: nn.Linear, packing: Packing
-) -> None:
+def _words(
+    files: WeightFiles, name: str, linear: nn.Linear, packing: Packing
+) -> tuple[Tensor, Tensor]:
+    """A layer's words, (O, I bits / 32) int32, and scales, (O, I / group_size) bf16.
+
+    Raises:
+        GraceError: a part is missing or of another size, or a scale is no bf16 number.
+    """
+    parts = packing.form.parts(f"{name}.weight")
+    found = [part for part in parts if part in files.headers]
+    if len(found) != len(parts):
+        told = ", ".join(sorted(part.removeprefix(name) for part in found))
+        raise GraceError(f"{files.folder}: {name} has only {told}; the release is incomplete")
     size = (linear.out_features, linear.in_features)
+    if packing.form is COMPRESSED:
+        _check(files, name, size, packing)
+        words, scales, shape = map(files.read, parts)
+        if tuple(shape.tolist()) != size:
+            raise GraceError(f"{files.folder}: {parts[2]} is {shape.tolist()}, not {size}")
+        return words, scales
+    stored = packing.form.read(files, f"{name}.weight", packing.bits, packing.group_size)
+    if tuple(stored.codes.shape) != size:
+        raise GraceError(f"{files.folder}: {name} is {tuple(stored.codes.shape)}, expected {size}")
+    scales = stored.scale.to(SCALE_DTYPE)
+    if not torch.equal(scales.float(), stored.scale.float()):
+        raise GraceError(
+            f"{files.folder}: {name} has scales that are no bf16 numbers, so it was not released "
+            "by this project; make a release of it with `grace import` and `grace pack`"
+        )
+    return pack_codes(stored.codes, packing.bits), scales
+
+
+def _check(files: WeightFiles, name: str, size: tuple[int, int], packing: Packing) -> None:
+    words, scales, shape = packing.form.parts(f"{name}.weight")
     expected = {
-        _PACKED: ((size[0], -(-size[1] * packing.bits // 32)), torch.int32),
-        _SCALE: ((size[0], size[1] / packing.group_size), SCALE_DTYPE),
-        _SHAPE: ((2,), torch.int64),
+        words: (torch.int32, (size[0], -(-size[1] * packing.bits // 32))),
+        scales: (SCALE_DTYPE, (size[0], size[1] / packing.group_size)),
+        shape: (torch.int64, (2,)),
     }
-    for kind, (shape, dtype) in expected.items():
-        tensor = found[kind]
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+    for part, header in expected.items():
+        if files.headers[part] != header:
+            found = files.headers[part]
             raise GraceError(
-                f"{folder}: {layer}{kind} is {tensor.dtype} {tuple(tensor.shape)}, expected "
-                f"{dtype} {shape} for {size[1]} inputs and {size[0]} outputs"
+                f"{files.folder}: {part} is {found[0]} {found[1]}, expected {header[0]} "
+                f"{header[1]} for {size[1]} inputs and {size[0]} outputs"
             )
-    if tuple(found[_SHAPE].tolist()) != size:
-        raise GraceError(f"{folder}: {layer}{_SHAPE} is {found[_SHAPE].tolist()}, not {size}")
 
 
 def _set(model: Any, name: str, tensor: Tensor) -> None:
@@ -267,9 +304,10 @@ def _with_owner(module: Any, owner: Any = None) -> Iterator[tuple[Any, Any]]:
         yield from _with_owner(child, owner)
 
 
-def describe(folder: Path) -> str:
-    """One line on a release for people: bits and family."""
-    checkpoint = read_checkpoint(folder)
+def describe(checkpoint: CheckpointFolder) -> str:
+    """For people: family and weights, as in "qwen3_vl, W4G128"."""
     packing = packing_of(checkpoint)
-    kind = "dense" if packing is None else f"W{packing.bits}G{packing.group_size}"
-    return f"{checkpoint.config['model_type']}, {kind}"
+    if packing is None:
+        return f"{checkpoint.config['model_type']}, dense"
+    awq = " as AWQ" if packing.form is AWQ else ""
+    return f"{checkpoint.config['model_type']}, W{packing.bits}G{packing.group_size}{awq}"

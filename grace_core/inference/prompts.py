@@ -8,10 +8,12 @@ from itertools import accumulate
 
 import torch
 from PIL import Image
+from torch import Tensor
 
+from grace_core.models.prompts import with_picture_tokens
 from grace_core.models.rows import PackedRow
 from grace_core.models.segments import Segments
-from grace_core.models.visual_inputs import Grid, VisualInputs
+from grace_core.models.visual_inputs import VisualInputs
 
 
 @dataclass(frozen=True)
@@ -32,30 +34,51 @@ def expanded(
 
     Args:
         pictures: as many as there are image tokens.
+
+    Raises:
+        GraceError: there are more image tokens, or fewer.
     """
-    assert input_ids.count(visual.image_token_id) == len(pictures)
-    counts = iter([visual.grid_and_tokens(picture)[1] for picture in pictures])
-    ids: list[int] = []
-    for token in input_ids:
-        ids += [token] * (next(counts) if token == visual.image_token_id else 1)
+    counts = [visual.grid_and_tokens(picture)[1] for picture in pictures]
+    ids, _ = with_picture_tokens(input_ids, counts, visual.image_token_id)
     return Prompt(ids, tuple(pictures))
 
 
 def prompt_row(prompts: Sequence[Prompt], visual: VisualInputs) -> PackedRow:
     """Prompts packed one after the other, on the CPU; each one's last token predicts."""
-    lengths = [len(prompt.input_ids) for prompt in prompts]
-    ids = torch.tensor([token for prompt in prompts for token in prompt.input_ids])
-    grids = [[visual.grid(picture) for picture in prompt.pictures] for prompt in prompts]
-    positions = torch.cat(
-        [
-            visual.positions(len(prompt.input_ids), _starts(prompt, of_it, visual), of_it)
-            for prompt, of_it in zip(prompts, grids, strict=True)
-        ],
-        dim=1,
+    return _row(
+        [prompt.input_ids for prompt in prompts],
+        [_positions(prompt, visual) for prompt in prompts],
+        [picture for prompt in prompts for picture in prompt.pictures],
+        visual,
     )
-    pictures = [picture for prompt in prompts for picture in prompt.pictures]
-    flat = [grid for of_it in grids for grid in of_it]
-    frames = [rows * columns for count, rows, columns in flat for _ in range(count)]
+
+
+def rest_of_prompt(prompt: Prompt, held: int, visual: VisualInputs) -> PackedRow:
+    """A prompt without its first tokens, on the CPU, for where these are in the cache.
+
+    Args:
+        held: number of these, less than the prompt's; no picture lies on both sides.
+    """
+    ids = prompt.input_ids[held:]
+    starts = picture_starts(prompt, visual)
+    pictures = [one for one, start in zip(prompt.pictures, starts, strict=True) if start >= held]
+    counts = [visual.grid_and_tokens(picture)[1] for picture in pictures]
+    assert ids.count(visual.image_token_id) == sum(counts), "a picture is put in as a whole"
+    positions = _positions(prompt, visual)[:, held:]
+    return _row([ids], [positions], pictures, visual)
+
+
+def _row(
+    input_ids: Sequence[Sequence[int]],
+    position_ids: Sequence[Tensor],
+    pictures: Sequence[Image.Image],
+    visual: VisualInputs,
+) -> PackedRow:
+    lengths = [len(ids) for ids in input_ids]
+    ids = torch.tensor([token for ids in input_ids for token in ids])
+    positions = torch.cat(list(position_ids), dim=1)
+    grids = [visual.grid(picture) for picture in pictures]
+    frames = [rows * columns for count, rows, columns in grids for _ in range(count)]
     return PackedRow(
         input_ids=ids[None],
         position_ids=positions if len(positions) == 1 else positions[:, None],
@@ -64,16 +87,22 @@ def prompt_row(prompts: Sequence[Prompt], visual: VisualInputs) -> PackedRow:
         labels=ids.new_empty(0),
         visual_spans=[],
         image_places=(ids == visual.image_token_id).nonzero().flatten(),
-        pictures=visual.tensors(pictures) if pictures else {},
-        grids=flat,
+        pictures=visual.tensors(list(pictures)) if pictures else {},
+        grids=grids,
         frames=Segments.of(frames or [0]),
         record_indexes=[],
     )
 
 
-def _starts(prompt: Prompt, grids: Sequence[Grid], visual: VisualInputs) -> list[int]:
+def picture_starts(prompt: Prompt, visual: VisualInputs) -> list[int]:
     """Where each picture's tokens begin; they stand together, pictures one after the other."""
     places = [i for i, token in enumerate(prompt.input_ids) if token == visual.image_token_id]
-    counts = [visual.tokens(grid) for grid in grids]
+    counts = [visual.grid_and_tokens(picture)[1] for picture in prompt.pictures]
     assert sum(counts) == len(places), "every image token belongs to a picture"
     return [places[first] for first in accumulate(counts, initial=0) if first < len(places)]
+
+
+def _positions(prompt: Prompt, visual: VisualInputs) -> Tensor:
+    """Rotary positions, (3, L) or (1, L) int64."""
+    grids = [visual.grid(picture) for picture in prompt.pictures]
+    return visual.positions(len(prompt.input_ids), picture_starts(prompt, visual), grids)

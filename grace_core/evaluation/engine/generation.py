@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from grace_core.errors import GraceError
 from grace_core.evaluation.engine.batches import Extent, batches
 from grace_core.evaluation.engine.decoding import Decoder, EagerSteps, Row, Steps, decode
 from grace_core.evaluation.engine.features import FeatureStore, Pixels, read_pixels
@@ -26,6 +25,7 @@ from grace_core.evaluation.engine.prompts import (
 from grace_core.evaluation.items import Prediction, Question
 from grace_core.models.families import Family
 from grace_core.models.fused_forward import choose_forward
+from grace_core.models.prompts import stop_ids
 from grace_core.models.visual_inputs import VisualInputs
 
 log = logging.getLogger(__name__)
@@ -279,22 +279,6 @@ class GenerationEngine:
                 torch.cuda.synchronize(self._decoder.device)
             except RuntimeError:
                 raise error from None
-
-
-def stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a turn: those of the checkpoint's generation settings and the tokenizer's.
-
-    Raises GraceError when there is none.
-    """
-    named = model.generation_config.eos_token_id
-    found = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
-    found.discard(None)
-    if not found:
-        raise GraceError(
-            "neither the tokenizer nor generation_config.json names an end-of-turn token; set "
-            "eos_token in tokenizer_config.json"
-        )
-    return frozenset(found)
 
 
 def _failed(question: Question, error: Exception) -> Prediction:

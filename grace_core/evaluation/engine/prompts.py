@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from grace_core.errors import GraceError
 from grace_core.evaluation.items import Picture, Question
+from grace_core.models.prompts import chat_ids, with_picture_tokens
 from grace_core.models.visual_inputs import Grid, VisualInputs
 
 
@@ -46,27 +46,15 @@ class PromptEncoder:
         Raises GraceError for a text that holds the picture's placeholder itself, and whatever a
         picture that cannot be read raises.
         """
-        ids = chat_tokens(question, self._tokenizer)
-        placeholder = self._visual.image_token_id
-        places = [place for place, token in enumerate(ids) if token == placeholder]
-        pictures = question.pictures
-        if len(places) != len(pictures):
-            raise GraceError(
-                f"the prompt of item {question.id} holds {len(places)} picture placeholders "
-                f"instead of {len(pictures)}; remove the placeholder from the question's text"
-            )
-        for picture in pictures:
+        for picture in question.pictures:
             self.measure(picture)
-        grids = [self._grids[picture.key] for picture in pictures]
-        expanded: list[int] = []
-        starts: list[int] = []
-        before = 0
-        for place, grid in zip(places, grids, strict=True):
-            expanded += ids[before:place]
-            starts.append(len(expanded))
-            expanded += [placeholder] * self._visual.tokens(grid)
-            before = place + 1
-        return Prompt(question, expanded + ids[before:], starts, grids)
+        grids = [self._grids[picture.key] for picture in question.pictures]
+        ids, starts = with_picture_tokens(
+            chat_tokens(question, self._tokenizer),
+            [self._visual.tokens(grid) for grid in grids],
+            self._visual.image_token_id,
+        )
+        return Prompt(question, ids, starts, grids)
 
     def positions(self, prompt: Prompt) -> Tensor:
         """Rotary positions (3, L) or (1, L), int64; an answer goes on after the largest."""
@@ -78,24 +66,18 @@ class PromptEncoder:
             self._grids[picture.key] = self._visual.grid_of_size(*picture.size())
 
 
-def chat_text(question: Question, tokenizer: Any) -> str:
-    """The chat as text, with one placeholder for each picture, up to where the answer begins."""
+def messages(question: Question) -> list[dict[str, Any]]:
+    """The question as one turn of the user."""
     content = [
         {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
         for part in question.content
     ]
-    text: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
-    )
-    return text
+    return [{"role": "user", "content": content}]
 
 
 def chat_tokens(question: Question, tokenizer: Any) -> list[int]:
-    """Token ids of `chat_text`."""
-    text = chat_text(question, tokenizer)
-    begins_itself = tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token)
-    ids: list[int] = tokenizer(text, add_special_tokens=not begins_itself)["input_ids"]
-    return ids
+    """Token ids up to where the answer begins, with one placeholder for each picture."""
+    return chat_ids(messages(question), tokenizer)
 
 
 def distinct(pictures: Iterable[Picture]) -> list[Picture]:
