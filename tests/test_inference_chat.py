@@ -198,13 +198,6 @@ def test_used_up_memory_is_told(qwen: Path, monkeypatch: pytest.MonkeyPatch) -> 
         asked(chat, "hello")
 
 
-def test_sampled_conversations_repeat_with_their_seed(qwen: Path) -> None:
-    said = [
-        asked(chat_with(qwen, temperature=3.0, seed=seed), "hello", limit=20) for seed in (1, 1, 2)
-    ]
-    assert said[0] == said[1] != said[2]
-
-
 @pytest.mark.parametrize("text", ["plain words", "naïve café, 你好 🙂!", "  two\n\nlines ", "🙂🙂"])
 def test_pieces_are_the_text(qwen: Path, text: str) -> None:
     tokenizer = load_tokenizer(qwen)
@@ -219,3 +212,48 @@ def test_pieces_are_the_text(qwen: Path, text: str) -> None:
     ]
     assert "".join(begun) == "a"
     assert set(cut.rest()) == {"\N{REPLACEMENT CHARACTER}"}
+
+
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("family", "bits"), [("qwen3_vl", 4), ("qwen2_vl", 8), ("llava", 4)])
+def test_a_conversation_read_in_parts_is_the_one_read_as_a_whole(
+    tmp_path: Path, family: str, bits: int, device: str
+) -> None:
+    """In bf16, and on a GPU with its kernels and with steps as CUDA graphs."""
+    folder = packed_release(tmp_path, family, bits)
+    model, checkpoint = load_release(folder, device), read_checkpoint(folder)
+    in_parts, whole = Chat(model, checkpoint), Chat(model, checkpoint)
+    for text, pictures in TURNS:
+        asked(in_parts, text, *pictures)
+    whole._messages, whole._pictures = list(in_parts._messages), list(in_parts._pictures)
+    decodings = []
+    for chat in (in_parts, whole):
+        next(chat.ask("And then?"))
+        assert chat._decoding is not None
+        decodings.append(chat._decoding)
+    assert in_parts.answer.read < whole.answer.read
+    one, other = decodings
+    for _ in range(4):
+        scale = other.logits.float().abs().max()
+        assert (one.logits.float() - other.logits.float()).abs().max() < 0.05 * scale
+        one.tokens.copy_(other.tokens)
+        one.step()
+        other.step()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sampled_conversations_repeat_with_their_seed(qwen: Path, device: str) -> None:
+    said = []
+    for seed in (1, 1, 2):
+        model = load_release(qwen, device)
+        chat = Chat(model, read_checkpoint(qwen), temperature=3.0, seed=seed)
+        said.append(asked(chat, "hello", limit=20))
+    assert said[0] == said[1] != said[2]
