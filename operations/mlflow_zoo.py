@@ -30,7 +30,9 @@ def _model(server: Records, model: LoggedModel) -> ZooModel:
     precision = model.tags[STAGE].removeprefix("release-")
     digest = model.tags[DIGEST]
     lineage = lineage_in_mlflow(digest)
-    scores: dict[str, float | None] = {name: None for name in config["evaluation"]["benchmarks"]}
+    asked = config["evaluation"]["benchmarks"]  # earlier versions recorded names alone
+    names = [entry["name"] if isinstance(entry, dict) else entry for entry in asked]
+    scores: dict[str, float | None] = dict.fromkeys(names)
     scores |= {
         metric.key: metric.value for metric in model.metrics or [] if metric.key in BENCHMARKS
     }

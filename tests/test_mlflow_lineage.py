@@ -17,8 +17,10 @@ from grace_core.errors import GraceError
 from grace_core.lineage.collect import artifacts_below, lineage_of
 from grace_core.lineage.forward import descendants
 from grace_core.lineage.graph import Lineage
+from grace_core.publish.zoo import to_markdown
 from grace_core.stages import StageContext
 from operations.mlflow_lineage import descendants_in_mlflow, lineage_in_mlflow
+from operations.mlflow_zoo import zoo_in_mlflow
 from tasks.lineage import find_model, log_scores, mark_published, register_release
 from tasks.mlflow_runs import open_parent_run
 from tasks.tracked import run_stage
@@ -185,6 +187,25 @@ def test_where_a_release_went_stands_on_model_and_registered_version(
     for tags in (model.tags, version.tags):
         assert tags["grace.published"] == place.location
         assert tags["grace.published_revision"] == place.revision
+
+
+def test_the_zoo_of_the_registry_lists_every_release(
+    recorded: tuple[Tracked, list[Artifact]], from_files: dict[str, Lineage]
+) -> None:
+    _, known = recorded
+    zoo = zoo_in_mlflow()
+    found = [(model.name, model.precision, model.group_size, model.size) for model in zoo.models]
+    assert found == [
+        ("Toy-GRACE-BF16", "bf16", None, 7000),
+        ("Toy-GRACE-W4G128", "w4", 128, 7000),
+    ]
+    for model in zoo.models:
+        stage = f"release-{model.precision}"
+        assert model.digest == digest_of(known, stage)
+        assert model.scores["toy-choice"] == 75.0
+        assert model.lineage is not None
+        assert edges(model.lineage) == edges(from_files[stage])
+    assert "| Toy-GRACE-W4G128 | int4 | 128 |" in to_markdown(zoo)
 
 
 def test_on_the_hub_repository_and_commit_are_tags(

@@ -206,6 +206,7 @@ def test_awq_is_told_apart_from_the_other_form() -> None:
     assert {"awq", "w4a16"} <= set(data["tags"]) and "compressed-tensors" not in data["tags"]
     assert "gptqmodel" in text and "zero points of 8" in text
     assert "pack-quantized" not in text
+    assert "not scored themselves" in text and "not scored themselves" not in card_of("w4")
     for precision in ("bf16", "w4"):
         assert "vllm serve " + NAMES[precision] in card_of(precision)  # type: ignore[index,arg-type]
 

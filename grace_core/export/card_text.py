@@ -34,7 +34,7 @@ def body(release: Release, results: Results) -> str:
     """Everything below the metadata."""
     sections = [
         _introduction(release),
-        _results(results),
+        _results(release, results),
         _zoo(release),
         _intended_use(release),
         _training(release),
@@ -77,11 +77,17 @@ def _introduction(release: Release) -> str:
     )
 
 
-def _results(results: Results) -> str:
+def _results(release: Release, results: Results) -> str:
+    measured = (
+        "on the released files, reloaded from disk"
+        if release.form != "awq"
+        else "of the compressed-tensors form, which holds the same codes and scales; the files of "
+        "this form were compared with it and not scored themselves"
+    )
     parts = [
         "## Results",
-        "Accuracy in percent on the released files, reloaded from disk. The "
-        "teacher is a reference, the baseline the student before training.",
+        f"Accuracy in percent {measured}. The teacher is a reference, the baseline the student "
+        "before training.",
         results.table,
     ]
     return "\n\n".join([*parts, *([results.summary] if results.summary else [])])
