@@ -16,6 +16,8 @@ from grace_core.cli.app import INTERRUPTED, app
 from grace_core.errors import GraceError
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from grace_core.inference.chat import Chat
     from grace_core.models.loading import CheckpointFolder
 
@@ -85,7 +87,6 @@ def chat(
     # Nothing is lost when a chat is ended; and Ctrl-C, which it is otherwise turned into, is not
     # the end of one.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     pictures = [(file, read_picture(file)) for file in image or []]
     alone = prompt is not None or not sys.stdin.isatty()
@@ -93,8 +94,7 @@ def chat(
     if alone and not text.strip():
         raise GraceError("the question is empty; give --prompt TEXT, or text on standard input")
     try:
-        with _aside.status("loading the model"):
-            made, title = _loaded(model, revision, device, max_pixels, temperature, seed)
+        made, title = _loaded(model, revision, device, max_pixels, temperature, seed)
         if alone:
             _answer(made, text, [picture for _, picture in pictures], max_new_tokens)
             return
@@ -116,6 +116,8 @@ def _loaded(
     seed: int,
 ) -> tuple[Chat, str]:
     """The conversation, and one line on who answers."""
+    import transformers
+
     from grace_core.bench.device import bench_device
     from grace_core.config.model import CheckpointSource
     from grace_core.inference.chat import Chat
@@ -123,8 +125,10 @@ def _loaded(
     from grace_core.models.loading import locate_checkpoint
 
     where = bench_device(device)
-    checkpoint = locate_checkpoint(CheckpointSource(path=model, revision=revision))
-    loaded = load_release(checkpoint.path, where)
+    checkpoint = locate_checkpoint(CheckpointSource(path=model, revision=revision))  # with its bars
+    transformers.utils.logging.disable_progress_bar()
+    with _aside.status("loading the model"):
+        loaded = load_release(checkpoint.path, where)
     made = Chat(loaded, checkpoint, max_pixels=max_pixels, temperature=temperature, seed=seed)
     return made, _title(checkpoint, str(where))
 
@@ -142,10 +146,10 @@ def _standard_input() -> str:
         raise GraceError(f"standard input is no {error.encoding} text ({error})") from error
 
 
-def _answer(chat: Chat, text: str, pictures: Sequence[object], max_new_tokens: int) -> None:
+def _answer(chat: Chat, text: str, pictures: Sequence[Image.Image], max_new_tokens: int) -> None:
     from grace_core.cli.chat_session import told
 
-    for piece in chat.ask(text, pictures, max_new_tokens=max_new_tokens):  # type: ignore[arg-type]
+    for piece in chat.ask(text, pictures, max_new_tokens=max_new_tokens):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
