@@ -31,6 +31,8 @@ def write_checkpoint(folder: Path, step: int, layout: Layout = LAYOUT) -> Path:
         "layout": {"processes": layout.processes, "zero_stage": layout.zero_stage},
         "sha256": digests,
     }
+    content = json.dumps(state, sort_keys=True).encode()
+    state["checksum"] = hashlib.sha256(content).hexdigest()
     (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
     return path
 
@@ -92,6 +94,21 @@ def test_a_damaged_one_is_passed_over(
     with caplog.at_level(logging.WARNING):
         assert found(tmp_path).step == 1
     assert "step-00000002 is damaged" in caplog.text
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_no_bit_of_the_state_may_flip(bit: int, tmp_path: Path) -> None:
+    """Of any byte: a name, a digit of the step or of beta, a digest."""
+    write_checkpoint(tmp_path, 1)
+    file = write_checkpoint(tmp_path, 2) / "state.json"
+    whole = file.read_bytes()
+    for place in range(len(whole)):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << bit
+        file.write_bytes(damaged)
+        assert found(tmp_path).step == 1, damaged[max(0, place - 20) : place + 20]
+    file.write_bytes(whole)
+    assert found(tmp_path).step == 2
 
 
 def test_nothing_is_continued_when_all_are_damaged(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ A checkpoint is a directory `step-<n>` of safetensors and JSON, no pickle:
     optimizer-<rank>.safetensors  this rank's fp32 master weights and moments
     scales.safetensors         theta with its moments (quantized training)
     state.json                 step, controller, layout; written last, with every file's SHA-256
+                               and its own
 
 It is written under a temporary name and renamed when all ranks are done, so a directory of the
 final name is whole; on reading, every digest is compared and a damaged one is passed over for the
@@ -15,7 +16,6 @@ and the same ZeRO stage; another layout is refused with what to do.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -33,7 +33,7 @@ from torch import distributed as dist
 
 from grace_core.artifacts import sha256_of
 from grace_core.quantization.scales import ScaleBank
-from grace_core.training.saved import STATE_FILE, STEP_PREFIX, Layout, Saved
+from grace_core.training.saved import STATE_FILE, STEP_PREFIX, Layout, Saved, with_checksum
 
 _BYTES_A_WEIGHT = 2 + 4 + 4 + 4
 """bf16 weight, fp32 master weight, two fp32 moments."""
@@ -77,7 +77,7 @@ def save_checkpoint(
             "sha256": {file.name: sha256_of(file) for file in sorted(partial.iterdir())},
         }
         with (partial / STATE_FILE).open("w", encoding="utf-8") as stream:
-            json.dump(state, stream, indent=1)
+            stream.write(with_checksum(state))
             stream.flush()
             os.fsync(stream.fileno())
         for path in _checkpoints(folder):

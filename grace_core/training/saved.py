@@ -5,6 +5,7 @@ No torch in here, so that whoever starts a training can look before anything hea
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
@@ -36,6 +37,18 @@ class Saved:
     path: Path
     step: int
     controller: Mapping[str, float | None]
+
+
+def with_checksum(state: Mapping[str, Any]) -> str:
+    """The text of a state file: the state, and the SHA-256 of its JSON, keys in order.
+
+    Nothing else would notice a flipped bit in a step or in beta.
+    """
+    return json.dumps({**state, "checksum": _checksum(state)}, indent=1)
+
+
+def _checksum(state: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 
 def latest_checkpoint(folder: Path, layout: Layout) -> Saved | None:
@@ -78,9 +91,11 @@ def _read_state(path: Path) -> dict[str, Any] | None:
     """The state of a checkpoint whose files all have their recorded digests, else None."""
     try:
         state: dict[str, Any] = json.loads((path / STATE_FILE).read_text(encoding="utf-8"))
+        if state.pop("checksum") != _checksum(state):
+            raise ValueError(f"{STATE_FILE} is not what was written")
         digests = state["sha256"]
         damaged = [name for name, digest in digests.items() if sha256_of(path / name) != digest]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, AttributeError) as error:
         log.warning("%s is damaged (%s); passed over for the one before", path, error)
         return None
     if damaged:
