@@ -85,6 +85,7 @@ def test_a_split_without_public_answers_has_no_score() -> None:
         "error": None,
         "answer": "B",
         "correct": None,
+        "group": "2",
     }
 
 
