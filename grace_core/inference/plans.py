@@ -1,7 +1,7 @@
 """Which kernel multiplies how many rows with a packed weight on a GPU, and how it is cut.
 
 Fixed tables rather than tuning at run time: the same inputs give the same bits in every process.
-The entries come from `grace bench decode --products` on one H200; docs/inference.md has the times.
+`grace bench decode --products` times them beside cuBLAS, `--plans` other ones as well.
 """
 
 from __future__ import annotations
