@@ -106,7 +106,7 @@ def test_the_tree_tells_counts_scores_settings_and_versions(tmp_path: Path) -> N
     found = find_model("Toy-GRACE-W4G128", tmp_path)
     text = plain_tree(found.lineage, found.model)
     first, *lines = text.splitlines()
-    assert first == f"release-w4 Toy-GRACE-W4G128 {made['release-w4'].digest[:12]}"
+    assert first == f"release-w4 Toy-GRACE-W4G128 {made['release-w4'].digest[:12]}  0.0 MB"
     (scores,) = [line for line in lines if "scores: evaluate-w4" in line]
     assert scores.endswith("toy-choice 75.0")
     (w4,) = [line for line in lines if "model: w4" in line]
