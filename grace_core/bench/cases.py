@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from grace_core.bench import floors, plain
 from grace_core.bench.floors import Work
 from grace_core.bench.measure import Runner
-from grace_core.bench.workbench import BITS, GROUP_SIZE, Workbench
+from grace_core.bench.shapes import GROUP_SIZE
+from grace_core.bench.workbench import BITS, Workbench
 from grace_core.losses.cross_entropy import cross_entropy_sum
 from grace_core.losses.fused_head import (
     SupervisedHead,

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from grace_core.bench.markdown import markdown_table
 from grace_core.bench.random_models import random_model, save_random_checkpoint
-from grace_core.bench.shapes import Shapes
+from grace_core.bench.shapes import GROUP_SIZE, Shapes
 from grace_core.errors import GraceError
 from grace_core.export.awq import AWQ
 from grace_core.export.compressed import COMPRESSED
@@ -42,7 +42,6 @@ from grace_core.quantization.scales import ScaleBank
 CONVERSIONS: Mapping[str, int] = {"W4": 4, "W8": 8, "W4 as AWQ": 4}
 """Bits of the source, by what is made of it."""
 
-GROUP_SIZE = 128
 GOAL_SECONDS, GOAL_MEMORY, GOAL_PACKING = 20.0, 1.3, 8.0
 """At real size on 2 cores: a conversion, its peak over the source's size, packing over a loop."""
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from grace_core.bench.markdown import markdown_table
+from grace_core.bench.shapes import GROUP_SIZE
 from grace_core.inference import packed_kernels, plans
 from grace_core.inference.packed_kernels import MOST_FEW_ROWS, Plan
 
@@ -27,7 +28,6 @@ SHAPES = {
 }
 """Outputs and inputs of the projections of the 2B shapes, joined as the decoder joins them."""
 
-GROUP = 128
 _CACHE_BYTES = 2**27
 _CALLS = 32
 
@@ -85,18 +85,20 @@ def _packed(name: str, x: Tensor, outputs: int, bits: int, every_plan: bool) -> 
         torch.randint(-(2**31), 2**31, (outputs, inputs * bits // 32), device=x.device).int()
         for _ in range(count)
     ]
-    scales = torch.full((outputs, inputs // GROUP), 0.01, device=x.device, dtype=torch.bfloat16)
+    scales = torch.full(
+        (outputs, inputs // GROUP_SIZE), 0.01, device=x.device, dtype=torch.bfloat16
+    )
     moved = words[0].nbytes + scales.nbytes
     chosen = plans.choose(rows, outputs, inputs, bits) if rows <= plans.MOST_ROWS else None
     for way, plan in _plans(rows, outputs, inputs, bits, every_plan):
         multiply = packed_kernels.few_rows if way == "few_rows" else packed_kernels.tiles
         runs = [
-            partial(multiply, x, own, scales, None, plan, bits=bits, group_size=GROUP)
+            partial(multiply, x, own, scales, None, plan, bits=bits, group_size=GROUP_SIZE)
             for own in words
         ]
         try:
             took = _microseconds(runs)
-        except Exception as error:  # a plan that this GPU cannot run is left out of the table
+        except Exception as error:  # a plan that this GPU cannot run; the table says why
             yield Timed(name, rows, f"w{bits}", way, float("inf"), 0.0, f"{plan}: {error}"[:200])
             continue
         is_chosen = chosen is not None and (chosen.way, chosen.plan) == (way, plan)
@@ -105,7 +107,7 @@ def _packed(name: str, x: Tensor, outputs: int, bits: int, every_plan: bool) -> 
         room = torch.empty(outputs, inputs, device=x.device, dtype=x.dtype)
 
         def expanded(own: Tensor) -> Tensor:
-            packed_kernels.expand(own, scales, room, bits=bits, group_size=GROUP)
+            packed_kernels.expand(own, scales, room, bits=bits, group_size=GROUP_SIZE)
             return F.linear(x, room)
 
         took = _microseconds([partial(expanded, own) for own in words])

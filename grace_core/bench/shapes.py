@@ -89,6 +89,10 @@ def real_config(role: Role) -> Qwen3VLConfig:
     )
 
 
+GROUP_SIZE = 128
+"""Weights to a scale, in every row that quantizes."""
+
+
 @dataclass(frozen=True)
 class Shapes:
     """Models and amounts of one bench."""

@@ -15,7 +15,7 @@ from grace_core.bench import plain
 from grace_core.bench.measure import GIB
 from grace_core.bench.random_models import random_model, twin
 from grace_core.bench.samples import RandomRows, folder_without_weights
-from grace_core.bench.shapes import Shapes
+from grace_core.bench.shapes import GROUP_SIZE, Shapes
 from grace_core.config.model import Objective, Training
 from grace_core.losses.objective import (
     GlobalCounts,
@@ -36,9 +36,8 @@ from grace_core.quantization.scales import ScaleBank
 from grace_core.quantization.straight_through import GradientShare
 from grace_core.training.recompute import recompute_layers
 
-BITS, GROUP_SIZE = 4, 128
+BITS = 4
 """Of the rows that quantize: the smaller release."""
-
 
 MEMORY_GOAL_GIB = 10.0
 """Of the BF16 step on one H200, gradients included."""

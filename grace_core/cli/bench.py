@@ -111,8 +111,7 @@ def run_bench(
             if one_gpu is not None:
                 table = table.compared_with(one_gpu)
             if first:
-                _write(output, "bench.json", table.to_json())
-                _write(output, "bench.md", table.to_markdown())
+                write_result(output, "bench", table.to_json(), table.to_markdown())
                 _show(table.lines[-1])
     assert table is not None, "a bench has at least one row"
     if first:
@@ -186,8 +185,7 @@ def pipeline(
         Chain(resolved, meter).evaluations()
     finally:  # what was measured before a failure is worth having
         costs = PipelineCosts(resolved.name, environment(), meter.costs)
-        _write(output, "pipeline.json", costs.to_json())
-        _write(output, "pipeline.md", costs.to_markdown())
+        write_result(output, "pipeline", costs.to_json(), costs.to_markdown())
         console.print(costs.to_rich())
 
 
@@ -219,8 +217,7 @@ def memory(
         made = Workbench(SHAPES[shapes], where, Path(folder) / "bench")
         for one in measurements(made, Path(folder)):
             found.measurements.append(one)
-            _write(output, "memory.json", found.to_json())
-            _write(output, "memory.md", found.to_markdown())
+            write_result(output, "memory", found.to_json(), found.to_markdown())
     console.print(found.to_rich())
 
 
@@ -267,8 +264,7 @@ def evaluation(
         made = EvaluationBench(SHAPES[shapes], where, Path(folder), getattr(torch, dtype))
         for rate in made.rates(questions, one_at_a_time):
             found.rates.append(rate)
-            _write(output, "evaluation.json", found.to_json())
-            _write(output, "evaluation.md", found.to_markdown())
+            write_result(output, "evaluation", found.to_json(), found.to_markdown())
     console.print(found.to_rich())
 
 
@@ -311,8 +307,7 @@ def convert(
         found.packings = measure_packing(SHAPES[shapes], repeats=repeats)
         for one in measure_conversions(SHAPES[shapes], Path(place), repeats=repeats):
             found.conversions.append(one)
-            _write(output, "convert.json", found.to_json())
-            _write(output, "convert.md", found.to_markdown())
+            write_result(output, "convert", found.to_json(), found.to_markdown())
     console.print(found.to_rich())
 
 
@@ -343,6 +338,12 @@ def _show(line: Line) -> None:
     ]
     text = f"{line.name}: {', '.join(times)}"
     console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def write_result(folder: Path, name: str, as_json: str, as_markdown: str) -> None:
+    """The two files of a result, each whole at all times."""
+    _write(folder, f"{name}.json", as_json)
+    _write(folder, f"{name}.md", as_markdown)
 
 
 def _write(folder: Path, name: str, text: str) -> None:

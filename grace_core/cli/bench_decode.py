@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from grace_core.cli.app import console
-from grace_core.cli.bench import DeviceOption, ShapesOption, bench
+from grace_core.cli.bench import DeviceOption, ShapesOption, bench, write_result
 from grace_core.errors import GraceError
-from grace_core.whole_files import write_whole
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +20,6 @@ if TYPE_CHECKING:
     from grace_core.bench.decode import DecodeTable
 
 _WEIGHTS = ("bf16", "w8", "w4")
-_GROUP_SIZE = 128
 _TEXT_TOKENS = 50
 
 
@@ -108,7 +106,7 @@ def _measured(
     from grace_core.bench.measure import Meter
     from grace_core.bench.random_models import random_model, random_packed_model
     from grace_core.bench.samples import folder_without_weights
-    from grace_core.bench.shapes import SHAPES
+    from grace_core.bench.shapes import GROUP_SIZE, SHAPES
     from grace_core.inference.loading import load_release, packing_of
     from grace_core.models.loading import read_checkpoint
     from grace_core.models.visual_inputs import VisualInputs
@@ -138,12 +136,11 @@ def _measured(
             made = random_model(chosen, "student", device)
         else:
             made = random_packed_model(
-                chosen, "student", device, bits=int(name[1:]), group_size=_GROUP_SIZE
+                chosen, "student", device, bits=int(name[1:]), group_size=GROUP_SIZE
             )
         for line in bench_of_device.lines(name, made, batches, picture, _TEXT_TOKENS):
             found.lines.append(line)
-            _write(output, "decode.json", found.to_json())
-            _write(output, "decode.md", found.to_markdown())
+            write_result(output, "decode", found.to_json(), found.to_markdown())
             took = "failed" if line.best is None else f"{line.best:.3f} ms"
             text = f"{line.weights} {line.what}, batch {line.batch}: {took}"
             console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -161,8 +158,8 @@ def _products(device: torch.device, rows: list[int], output: Path, *, every_plan
     found: list[products.Timed] = []
     for some in products.products(device, rows, every_plan=every_plan):
         found += some
-        _write(output, "products.json", products.to_json(environment(), found))
-        _write(output, "products.md", products.to_markdown(_device_name(device), found))
+        as_markdown = products.to_markdown(_device_name(device), found)
+        write_result(output, "products", products.to_json(environment(), found), as_markdown)
     console.print(
         (output / "products.md").read_text(encoding="utf-8"),
         markup=False,
@@ -183,8 +180,3 @@ def _number(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
         raise GraceError(f"--batches takes numbers with commas between, such as 1,8; not {text!r}")
     return int(text)
-
-
-def _write(folder: Path, name: str, text: str) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / name, text)

@@ -96,6 +96,10 @@ class GlobalCounts:
     pictures: Tensor
     """Those that count in the relational term."""
 
+    def stacked(self) -> Tensor:
+        """(3,): tokens, gates, pictures."""
+        return torch.stack([self.tokens, self.gates, self.pictures])
+
     @staticmethod
     def of(rows: Sequence[PackedRow], taught: Sequence[TeacherRow | None]) -> GlobalCounts:
         """Of this rank's rows alone."""

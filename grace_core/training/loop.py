@@ -316,8 +316,7 @@ class Trainer:
     def _global_counts(
         self, rows: list[PackedRow], taught: Sequence[TeacherRow | None]
     ) -> GlobalCounts:
-        local = GlobalCounts.of(rows, taught)
-        counts = torch.stack([local.tokens, local.gates, local.pictures])
+        counts = GlobalCounts.of(rows, taught).stacked()
         dist.all_reduce(counts)
         return GlobalCounts(*counts)
 
@@ -326,7 +325,7 @@ class Trainer:
     ) -> StepReport:
         tokens = sums.new_tensor(float(sum(row.input_ids.shape[1] for row in rows)))
         dist.all_reduce(tokens)
-        denominators = torch.stack([counts.tokens, counts.gates, counts.pictures])
+        denominators = counts.stacked()
         means = sums / torch.where(denominators > 0, denominators, 1.0)  # 0 of none is 0
         # The one time in a step that the host waits for the device before the optimizer.
         read = torch.stack([*means, counts.tokens, tokens]).tolist()
