@@ -5,6 +5,7 @@ A fault that finds nothing to hit (no rank runs yet) returns False and is tried 
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -172,16 +173,30 @@ def _lose_mlflow(scene: Scene) -> bool:
 
 def _fill_disk(scene: Scene) -> bool:
     """Take the space away while a training runs, so that its next checkpoint does not fit."""
-    if not ranks(scene.processes()):
-        return False
-    checkpoints = list((scene.run_dir / "work").glob("*/checkpoints/step-*/state.json"))
-    if not checkpoints:
+    if not ranks(scene.processes()) or not _writes_another_checkpoint(scene.run_dir):
         return False
     free = os.statvfs(scene.run_dir)
     taken = free.f_bavail * free.f_frsize - scene.chance.randrange(_SPARE)
     with ballast(scene.run_dir).open("wb") as stream:
         os.posix_fallocate(stream.fileno(), 0, max(taken, 1))
-    return True
+    if _writes_another_checkpoint(scene.run_dir):
+        return True
+    # The last one was written meanwhile. What comes after it is small enough to fit.
+    ballast(scene.run_dir).unlink()
+    return False
+
+
+def _writes_another_checkpoint(run_dir: Path) -> bool:
+    """Whether the training at work has written a checkpoint, and not yet the last one.
+
+    There is one after each step but the last.
+    """
+    for folder in (run_dir / "work").glob("*/checkpoints"):
+        steps = [int(state.parent.name[5:]) for state in folder.glob("step-*/state.json")]
+        job = json.loads((folder.parent / "job.json").read_text())
+        if steps:
+            return max(steps) + 1 < job["training"]["steps"]
+    return False
 
 
 def ballast(run_dir: Path) -> Path:
