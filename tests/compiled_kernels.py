@@ -19,10 +19,9 @@ from triton.compiler import ASTSource
 from grace_core.inference import layer_kernels, packed_kernels, plans
 
 HOPPER = GPUTarget("cuda", 90, 32)
-BF16, FP32, INT16, INT32, INT64 = "*bf16", "*fp32", "*i16", "*i32", "*i64"
+BF16, FP32, INT16, INT64 = "*bf16", "*fp32", "*i16", "*i64"
 PRODUCT = {
     "x": BF16,
-    "words": INT32,
     "halves": INT16,
     "scales": BF16,
     "bias": BF16,
@@ -30,8 +29,7 @@ PRODUCT = {
     "N": "i32",
 }
 EXACT = frozenset(
-    "words halves scales x out product residual keys values turned sums "
-    "x_stride N stride d D T".split()
+    "halves scales x out product residual keys values turned sums x_stride N stride d D T".split()
 )
 """Arguments that are multiples of 16, as in every model of today."""
 
@@ -67,25 +65,8 @@ def stack_bytes(kernel: Any) -> int:
 def products() -> list[Any]:
     made = []
     for bits in (4, 8):
-        for rows in (1, 2):
-            plan = plans.few_rows_plan(4096, 2048, bits)
-            made.append(
-                compiled(
-                    packed_kernels._few_rows_kernel,
-                    {**PRODUCT, "x": INT32, "out": BF16, "one": "i32"},
-                    plan.warps,
-                    K=2048,
-                    BITS=bits,
-                    GROUP=128,
-                    ROWS=rows,
-                    BLOCK_N=plan.block_n,
-                    SLABS=plan.slabs,
-                    PARTS=1,
-                    HAS_BIAS=True,
-                )
-            )
         for rows in (8, 32, 64):
-            plan = plans.tiles_plan(rows, 2048, 6144)
+            plan = plans.plan_for(rows, 2048, 6144)
             made.append(
                 compiled(
                     packed_kernels._tiles_kernel,

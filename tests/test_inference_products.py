@@ -57,11 +57,10 @@ def error(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> floa
 @settings(max_examples=8, deadline=None)
 @given(data=st.data())
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("way", ["few_rows", "tiles"])
-def test_kernels_multiply(way: str, bits: int, data: st.DataObject) -> None:
+def test_kernels_multiply(bits: int, data: st.DataObject) -> None:
     """Odd numbers of rows and outputs, parts and steps that the inputs do not fill."""
     module = kernels()
-    rows = data.draw(st.integers(1, 2 if way == "few_rows" else 37))
+    rows = data.draw(st.integers(1, 37))
     outputs, slabs = data.draw(st.integers(1, 35)), data.draw(st.integers(1, 4))
     groups = data.draw(st.sampled_from([g for g in (1, 2) if slabs % g == 0]))
     codes = random_codes(outputs, slabs * 128, bits)
@@ -70,11 +69,10 @@ def test_kernels_multiply(way: str, bits: int, data: st.DataObject) -> None:
     x = torch.randn(rows, slabs * 128, generator=generator)
     bias = torch.randn(outputs, generator=generator) if data.draw(st.booleans()) else None
     plan = module.Plan(
-        block_n=data.draw(st.sampled_from([4, 8] if way == "few_rows" else [16, 32])),
+        block_n=data.draw(st.sampled_from([16, 32])),
         parts=data.draw(st.integers(1, 3)),
-        slabs=data.draw(st.sampled_from([1, 2, 4])),
     )
-    found = getattr(module, way)(
+    found = module.tiles(
         x,
         dealt(pack_codes(codes, bits), bits),
         scales,
@@ -91,21 +89,10 @@ def test_rows_may_lie_apart() -> None:
     module = kernels()
     codes, scales = random_codes(5, 128, 4), random_scales(5, 1)
     apart = torch.randn(2, 300, generator=torch.Generator().manual_seed(2))[:, 7:135]
-    for way in (module.few_rows, module.tiles):
-        plan = module.Plan(block_n=16, slabs=1)
-        words = dealt(pack_codes(codes, 4), 4)
-        found = way(apart, words, scales, None, plan, bits=4, group_size=128)
-        assert error(found[0], apart, multiplied_out(codes, scales), None) < 1e-6
-
-
-def test_bf16_inputs_of_few_rows() -> None:
-    module = kernels()
-    codes, scales = random_codes(9, 256, 8), random_scales(9, 2)
-    x = torch.randn(2, 256, generator=torch.Generator().manual_seed(2)).bfloat16()
-    words = dealt(pack_codes(codes, 8), 8)
-    plan = module.Plan(block_n=4, parts=2, slabs=1)
-    found = module.few_rows(x, words, scales, None, plan, bits=8, group_size=128)
-    assert error(found.double().sum(0), x, multiplied_out(codes, scales), None) < 1e-6
+    words = dealt(pack_codes(codes, 4), 4)
+    plan = module.Plan(block_n=16)
+    found = module.tiles(apart, words, scales, None, plan, bits=4, group_size=128)
+    assert error(found[0], apart, multiplied_out(codes, scales), None) < 1e-6
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -164,20 +151,11 @@ def test_a_gpu_takes_kernels_unless_groups_are_small(caplog: pytest.LogCaptureFi
 
 def test_plans_fit_the_kernels() -> None:
     """Sizes of the 2B, 7B and 8B models, every number of rows."""
-    module = kernels()
     for outputs, inputs in ((4096, 2048), (2048, 6144), (22016, 4096), (4096, 11008), (256, 128)):
-        for bits in (4, 8):
-            for rows in range(1, plans.MOST_ROWS + 1):
-                choice = plans.choose(rows, outputs, inputs, bits)
-                plan = choice.plan
-                assert plan.slabs & (plan.slabs - 1) == 0
-                assert plan.parts <= inputs // 128
-                if choice.way == "few_rows":
-                    assert rows <= module.MOST_FEW_ROWS
-                    # Words and inputs must lie in the same threads: four words a thread.
-                    assert plan.slabs * bits * 4 == 4 * 32 * plan.warps
-                else:
-                    assert rows <= plan.block_m >= 8
+        for rows in range(1, plans.MOST_ROWS + 1):
+            plan = plans.plan_for(rows, outputs, inputs)
+            assert plan.parts <= inputs // 128
+            assert rows <= plan.block_m >= 8
 
 
 def test_kernels_compile_for_a_gpu() -> None:

@@ -24,6 +24,7 @@ from grace_core.bench.markdown import markdown_table
 from grace_core.inference.decoder import Decoder
 from grace_core.inference.decoding import Decoding
 from grace_core.inference.prompts import Prompt, prompt_row
+from grace_core.models.cuda_graph import record
 from grace_core.models.families import family_of
 from grace_core.models.forward import picture_features
 from grace_core.models.rows import PackedRow
@@ -259,15 +260,7 @@ class DecodeBench:
 
         found["eager"] = self._median(run, 3)
         if self._cuda and features is not None:
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                run()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                run()
-            found["graph"] = self._median(graph.replay, 3)
+            found["graph"] = self._median(record(run, device=self.device).replay, 3)
         return found
 
     def _by_transformers(self, model: Any, gib: float) -> DecodeLine:

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from grace_core.bench.markdown import markdown_table
 from grace_core.bench.shapes import GROUP_SIZE
 from grace_core.inference import packed_kernels, plans
-from grace_core.inference.packed_kernels import MOST_FEW_ROWS, Plan
+from grace_core.inference.packed_kernels import Plan
+from grace_core.models.cuda_graph import record
 
 SHAPES = {
     "qkv": (4096, 2048),
@@ -89,20 +90,22 @@ def _packed(name: str, x: Tensor, outputs: int, bits: int, every_plan: bool) -> 
         (outputs, inputs // GROUP_SIZE), 0.01, device=x.device, dtype=torch.bfloat16
     )
     moved = words[0].nbytes + scales.nbytes
-    chosen = plans.choose(rows, outputs, inputs, bits) if rows <= plans.MOST_ROWS else None
-    for way, plan in _plans(rows, outputs, inputs, bits, every_plan):
-        multiply = packed_kernels.few_rows if way == "few_rows" else packed_kernels.tiles
+    chosen = plans.plan_for(rows, outputs, inputs) if rows <= plans.MOST_ROWS else None
+    for plan in _plans(chosen, outputs, inputs, every_plan):
         runs = [
-            partial(multiply, x, own, scales, None, plan, bits=bits, group_size=GROUP_SIZE)
+            partial(
+                packed_kernels.tiles, x, own, scales, None, plan, bits=bits, group_size=GROUP_SIZE
+            )
             for own in words
         ]
         try:
             took = _microseconds(runs)
         except Exception as error:  # a plan that this GPU cannot run; the table says why
-            yield Timed(name, rows, f"w{bits}", way, float("inf"), 0.0, f"{plan}: {error}"[:200])
+            told = f"{plan}: {error}"[:200]
+            yield Timed(name, rows, f"w{bits}", "tiles", float("inf"), 0.0, told)
             continue
-        is_chosen = chosen is not None and (chosen.way, chosen.plan) == (way, plan)
-        yield Timed(name, rows, f"w{bits}", way, took, moved / took / 1e3, _short(plan), is_chosen)
+        rate = moved / took / 1e3
+        yield Timed(name, rows, f"w{bits}", "tiles", took, rate, _short(plan), plan == chosen)
     if rows >= 64:
         room = torch.empty(outputs, inputs, device=x.device, dtype=x.dtype)
 
@@ -116,40 +119,33 @@ def _packed(name: str, x: Tensor, outputs: int, bits: int, every_plan: bool) -> 
         )
 
 
-def _plans(
-    rows: int, outputs: int, inputs: int, bits: int, every_plan: bool
-) -> Iterable[tuple[plans.Way, Plan]]:
-    found: list[tuple[plans.Way, Plan]] = []
-    if rows <= MOST_FEW_ROWS:
-        found.append(("few_rows", plans.few_rows_plan(outputs, inputs, bits)))
-    if rows > plans.MOST_ROWS:
-        return found
-    own = plans.tiles_plan(rows, outputs, inputs)
-    found.append(("tiles", own))
+def _plans(chosen: Plan | None, outputs: int, inputs: int, every_plan: bool) -> Iterable[Plan]:
+    if chosen is None:
+        return []
+    found = [chosen]
     if every_plan:
         for block_n in (16, 32, 64):
             for parts in (1, 2, 4, 8):
                 for stages in (3, 5):
                     tiles = -(-outputs // block_n)
                     if 100 <= tiles * parts <= 1600 and inputs // 128 // parts >= 2:
-                        warps = max(1, min(own.warps, block_n // 16))
-                        one = replace(own, block_n=block_n, parts=parts, stages=stages, warps=warps)
-                        found.append(("tiles", one))
+                        warps = max(1, min(chosen.warps, block_n // 16))
+                        one = replace(
+                            chosen, block_n=block_n, parts=parts, stages=stages, warps=warps
+                        )
+                        found.append(one)
     return dict.fromkeys(found)
 
 
 def _microseconds(runs: Sequence[Callable[[], Tensor]]) -> float:
     """Of one run, the best of several replays of a graph that goes through all of them."""
     calls = max(_CALLS, len(runs))
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        runs[0]()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+
+    def all_calls() -> None:
         for call in range(calls):
             runs[call % len(runs)]()
+
+    graph = record(all_calls, device=torch.device("cuda"))
     best = float("inf")
     for _ in range(4):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -162,9 +158,7 @@ def _microseconds(runs: Sequence[Callable[[], Tensor]]) -> float:
 
 
 def _short(plan: Plan) -> str:
-    return (
-        f"n{plan.block_n} m{plan.block_m} p{plan.parts} s{plan.slabs} w{plan.warps} t{plan.stages}"
-    )
+    return f"n{plan.block_n} m{plan.block_m} p{plan.parts} w{plan.warps} t{plan.stages}"
 
 
 def to_json(environment: Mapping[str, str], found: list[Timed]) -> str:

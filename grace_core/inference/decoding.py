@@ -7,20 +7,18 @@ while the others are in the midst of an answer, and an answer depends on its row
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from grace_core.errors import GraceError
 from grace_core.inference.decoder import Decoder, PictureFeatures, Placed
 from grace_core.inference.sampling import Sampler
+from grace_core.models.cuda_graph import record
 from grace_core.models.rows import PackedRow
 
 _MULTIPLE = 16
 """Kernels read addresses that are multiples of it more at a time."""
-
-_WARM_UPS = 2
-"""Steps before one is recorded: kernels are compiled and libraries take their workspaces."""
 
 
 class Decoding:
@@ -171,20 +169,4 @@ class Decoding:
             for tensor, value in zip(state, before, strict=True):
                 tensor.copy_(value)
 
-        _on_a_side_stream(self._step, restore)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self._step()
-        restore()
-        return graph
-
-
-def _on_a_side_stream(step: Callable[[], None], restore: Callable[[], None]) -> None:
-    """Warm up where recording happens: not on the stream that everything else runs on."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):
-            step()
-            restore()
-    torch.cuda.current_stream().wait_stream(stream)
+        return record(self._step, device=self.decoder.device, restore=restore)

@@ -6,15 +6,13 @@ a group's scale is multiplied in fp32, so a result differs from the fp32 product
 code * scale only by the order of its sums and by its own rounding. The reference model rounds
 code * scale to bf16 first, which moves each weight by at most 2^-9 of itself.
 
-`few_rows`   a row's dot products on the ordinary units: for one or two rows, where weights are
-             read at the rate of the memory and nothing else matters.
-`tiles`      codes become bf16 in registers and are the left operand of the tensor cores, inputs
-             the right one, W x^T: few rows then fill the tensor cores' short side.
-`expand`     W itself, rounded to bf16: exactly the evaluated weights, for a dense product of many
-             rows.
+`tiles`    codes become bf16 in registers and are the left operand of the tensor cores, inputs
+           the right one, W x^T: few rows then fill the tensor cores' short side.
+`expand`   W itself, rounded to bf16: exactly the evaluated weights, for a dense product of many
+           rows.
 
-`few_rows` and `tiles` may cut the input dimension into parts that run side by side. Their result is
-then a stack of fp32 partial sums, which the next kernel adds in a fixed order.
+`tiles` may cut the input dimension into parts that run side by side. Its result is then a stack of
+fp32 partial sums, which the next kernel adds in a fixed order.
 """
 
 from __future__ import annotations
@@ -29,12 +27,6 @@ from triton import language as tl
 from grace_core.inference.launches import launch_options, wait_for_earlier
 
 # dims: M rows, N outputs, K inputs, P parts of the input dimension
-
-MOST_FEW_ROWS = 2
-"""Rows that `few_rows` takes."""
-
-_ONE = 0x3F800000
-"""Bits of 1.0; a code's field set into the top of its mantissa makes 1 + unsigned / 2^b."""
 
 _NEXT_FIELD_4 = tl.constexpr("shr.b32 $0, $1, 4;")
 _NEXT_FIELD_8 = tl.constexpr("shr.b32 $0, $1, 8;")
@@ -79,117 +71,11 @@ class Plan:
     """Of the input dimension, each with programs of its own."""
 
     block_m: int = 8
-    """Rows of a program; `tiles` only, a power of two, at least 8."""
-
-    slabs: int = 16
-    """Slabs of 128 inputs that a program takes at a time; `few_rows` only, a power of two."""
+    """Rows of a program; a power of two, at least 8."""
 
     warps: int = 4
     stages: int = 3
-    """Slabs of `tiles` on their way from the memory at a time, and one."""
-
-
-@triton.jit
-def _one_row(  # type: ignore[no-untyped-def]
-    x,  # (K,), or (K / 2,) int32 pairs of bf16
-    word,  # (BLOCK_N, SLABS * WORDS)
-    scale,
-    first,  # (1, SLABS * WORDS): the pair of inputs that belongs to a word's first fields
-    inside,
-    one,
-    BITS: tl.constexpr,
-):
-    """Products of a row with the codes of each word, times scale / 2^BITS."""
-    WORDS: tl.constexpr = 4 * BITS
-    MASK: tl.constexpr = ((1 << BITS) - 1) << (23 - BITS)
-    total = tl.zeros(first.shape, dtype=tl.float32)
-    product = tl.zeros(word.shape, dtype=tl.float32)
-    for field in tl.static_range(16 // BITS):
-        # Four numbers a thread, as of the words: both then lie in the same threads.
-        place = tl.max_contiguous(first + field * WORDS, [1, 4])
-        if x.dtype.element_ty == tl.int32:
-            pair = tl.load(x + place, mask=inside, other=0)
-            low = (pair << 16).to(tl.float32, bitcast=True)
-            high = (pair & -65536).to(tl.float32, bitcast=True)
-        else:
-            low = tl.load(x + 2 * place, mask=inside, other=0.0).to(tl.float32)
-            high = tl.load(x + 2 * place + 1, mask=inside, other=0.0).to(tl.float32)
-        # Into the top of the mantissa: the lower half's field to the left, the upper one's too
-        # or to the right.
-        lower = word << (23 - BITS - BITS * field)
-        if 7 - BITS - BITS * field >= 0:
-            upper = word << (7 - BITS - BITS * field)
-        else:
-            upper = word >> (BITS * field + BITS - 7)
-        total += low + high
-        product += ((lower & MASK) | one).to(tl.float32, bitcast=True) * low
-        product += ((upper & MASK) | one).to(tl.float32, bitcast=True) * high
-    # Codes are unsigned - 2^(BITS - 1), and weights here 1 + unsigned / 2^BITS.
-    return scale * (product - 1.5 * total)
-
-
-@triton.jit
-def _few_rows_kernel(  # type: ignore[no-untyped-def]
-    x,  # (ROWS, K), rows x_stride apart, or (ROWS, K / 2) int32 pairs of bf16
-    words,  # (N, K * BITS / 32)
-    scales,  # (N, K / GROUP)
-    bias,  # (N,)
-    out,  # (PARTS, ROWS, N)
-    x_stride,
-    N,
-    one,  # bits of 1.0; as a constant it would cost one more instruction for each weight
-    K: tl.constexpr,
-    BITS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,  # 1 or 2
-    BLOCK_N: tl.constexpr,
-    SLABS: tl.constexpr,
-    PARTS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
-):
-    WORDS: tl.constexpr = 4 * BITS  # of a slab
-    ALL: tl.constexpr = K // 128
-    SHARE: tl.constexpr = (ALL + PARTS - 1) // PARTS  # slabs of a part
-
-    part = tl.program_id(1)
-    n = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    place = tl.arange(0, SLABS * WORDS)[None, :]
-    acc_0 = tl.zeros([BLOCK_N, SLABS * WORDS], dtype=tl.float32)
-    acc_1 = acc_0
-    for begin in tl.static_range(0, SHARE, SLABS):
-        near = begin + place // WORDS
-        slab = part * SHARE + near
-        inside = (near < SHARE) & (slab < ALL)
-        present = inside & (n < N)
-        word = tl.load(
-            words + n * (K * BITS // 32) + slab * WORDS + place % WORDS, mask=present, other=0
-        )
-        scale = tl.load(
-            scales + n * (K // GROUP) + (slab * 128) // GROUP, mask=present, other=0.0
-        ).to(tl.float32)
-        if begin == 0:  # the first weights are on their way
-            wait_for_earlier(DEPENDENT)
-        first = slab * 64 + place % WORDS
-        acc_0 += _one_row(x, word, scale, first, inside, one, BITS)
-        if ROWS > 1:
-            acc_1 += _one_row(x + x_stride, word, scale, first, inside, one, BITS)
-
-    outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    held = outputs < N
-    added = tl.zeros([BLOCK_N], dtype=tl.float32)
-    if HAS_BIAS:
-        added = tl.load(bias + outputs, mask=held & (part == 0), other=0.0).to(tl.float32)
-    out += part * ROWS * N + outputs
-    _store_sum(out, acc_0, added, held, BITS)
-    if ROWS > 1:
-        _store_sum(out + N, acc_1, added, held, BITS)
-
-
-@triton.jit
-def _store_sum(out, acc, added, held, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    y = tl.sum(acc, axis=1) * (1 << BITS) + added
-    tl.store(out, y.to(out.dtype.element_ty), mask=held)
+    """Slabs of 128 inputs on their way from the memory at a time, and one."""
 
 
 @triton.jit
@@ -316,55 +202,6 @@ def _expand_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + slab[:, None] * 128 + k[None, :], weight, mask=present[:, None])
 
 
-def few_rows(
-    x: Tensor,
-    words: Tensor,
-    scales: Tensor,
-    bias: Tensor | None,
-    plan: Plan,
-    *,
-    bits: int,
-    group_size: int,
-) -> Tensor:
-    """x W^T for a few rows.
-
-    Args:
-        x: (M, K), bf16 or fp32, neighbours in a row next to each other; M is at most 2.
-        words: (N, K bits / 32) int32 and `scales` (N, K / group_size), both without gaps.
-        bias: (N,) or None.
-
-    Returns:
-        (1, M, N) in the dtype of x, or (parts, M, N) fp32 to be summed.
-    """
-    rows, inputs = x.shape
-    assert rows <= MOST_FEW_ROWS
-    outputs = len(words)
-    out = _room(x, outputs, plan.parts)
-    grid = (triton.cdiv(outputs, plan.block_n), plan.parts)
-    pairs = _pairs(x) if x.dtype == torch.bfloat16 else x
-    _few_rows_kernel[grid](
-        pairs,
-        words,
-        scales,
-        scales if bias is None else bias,
-        out,
-        pairs.stride(0),
-        outputs,
-        _ONE,
-        K=inputs,
-        BITS=bits,
-        GROUP=group_size,
-        ROWS=rows,
-        BLOCK_N=plan.block_n,
-        SLABS=plan.slabs,
-        PARTS=plan.parts,
-        HAS_BIAS=bias is not None,
-        num_warps=plan.warps,
-        **launch_options(x.device),
-    )
-    return out
-
-
 def tiles(
     x: Tensor,
     words: Tensor,
@@ -375,7 +212,16 @@ def tiles(
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """x W^T on the tensor cores; arguments and result as those of :func:`few_rows`, any M."""
+    """x W^T on the tensor cores.
+
+    Args:
+        x: (M, K), bf16 or fp32, neighbours in a row next to each other.
+        words: (N, K bits / 32) int32 and `scales` (N, K / group_size), both without gaps.
+        bias: (N,) or None.
+
+    Returns:
+        (1, M, N) in the dtype of x, or (parts, M, N) fp32 to be summed.
+    """
     rows, inputs = x.shape
     outputs = len(words)
     out = _room(x, outputs, plan.parts)
@@ -435,9 +281,3 @@ def lines(inputs: int, parts: int, bits: int) -> int:
 def _room(x: Tensor, outputs: int, parts: int) -> Tensor:
     dtype = x.dtype if parts == 1 else torch.float32
     return torch.empty(parts, len(x), outputs, dtype=dtype, device=x.device)
-
-
-def _pairs(x: Tensor) -> Tensor:
-    """bf16 neighbours as one int32."""
-    whole = x.stride(0) % 2 == 0 and x.storage_offset() % 2 == 0
-    return (x if whole else x.contiguous()).view(torch.int32)

@@ -73,19 +73,18 @@ class KernelLinear(PackedLinear):
     """Words in the kernels' order (`layout.dealt`), on a GPU."""
 
     def partial_products(self, x: Tensor) -> Tensor:
-        from grace_core.inference import packed_kernels, plans
+        from grace_core.inference import plans
+        from grace_core.inference.packed_kernels import tiles
 
         if len(x) > plans.MOST_ROWS:
             product = torch.nn.functional.linear(x, self.dense(x.dtype), self.bias)
             return product[None]
-        choice = plans.choose(len(x), self.out_features, self.in_features, self.bits)
-        multiply = packed_kernels.few_rows if choice.way == "few_rows" else packed_kernels.tiles
-        return multiply(
+        return tiles(
             x if x.stride(-1) == 1 else x.contiguous(),
             self.words,
             self.scales,
             self.bias,
-            choice.plan,
+            plans.plan_for(len(x), self.out_features, self.in_features),
             bits=self.bits,
             group_size=self.group_size,
         )

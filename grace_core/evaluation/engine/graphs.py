@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grace_core.evaluation.engine.decoding import Decoder, EagerSteps, State
 from grace_core.evaluation.engine.key_values import KeyValues
+from grace_core.models.cuda_graph import record
 
 log = logging.getLogger(__name__)
 
@@ -131,17 +132,7 @@ class _Captured(FixedStep):
 
     def __init__(self, decoder: Decoder, cache: KeyValues, pool: Any) -> None:
         super().__init__(decoder, cache)
-        device = decoder.device
-        side = torch.cuda.Stream(device)
-        side.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(side):
-            for _ in range(2):  # libraries choose their kernels and workspaces on first use
-                self.compute()
-                self.rest()
-        torch.cuda.current_stream(device).wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):
-            self.compute()
+        self._graph = record(self.compute, device=decoder.device, restore=self.rest, pool=pool)
 
     def launch(self) -> None:
         self._graph.replay()
