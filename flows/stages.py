@@ -21,7 +21,7 @@ from flows.pipeline import (
     training_data,
 )
 from grace_core.config import load_config
-from grace_core.config.model import Precision
+from grace_core.config.training import Precision
 from tasks.approval import decide, rejected
 from tasks.distill_student import distill_student
 from tasks.guard import guarded_flow

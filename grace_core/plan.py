@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from grace_core.artifacts import MANIFEST, Artifact, read_artifact, stage_folders
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.events import read_events
 from grace_core.training.job import METRICS, work_folder

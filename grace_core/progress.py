@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.events import Event
 from grace_core.plan import Goal, earlier_seconds, planned_stages
 

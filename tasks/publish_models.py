@@ -14,7 +14,7 @@ from prefect.cache_policies import NO_CACHE
 from grace_core import stages
 from grace_core.artifacts import Artifact
 from grace_core.config import GraceConfig
-from grace_core.config.model import HubDestination
+from grace_core.config.publish import HubDestination
 from grace_core.errors import GraceError
 from grace_core.publish.approval import Approval
 from grace_core.publish.release_set import HubAccess

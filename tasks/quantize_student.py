@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from grace_core import stages
 from grace_core.config import GraceConfig
-from grace_core.config.model import Precision
+from grace_core.config.training import Precision
 from tasks.tracked import StageRef, run_stage, stage_task
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grace_core.config.model import Distillation
+from grace_core.config.objective import Distillation
 from grace_core.models.rows import packed_row
 from grace_core.models.visual_inputs import VisualInputs
 

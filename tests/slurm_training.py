@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from grace_core.config.model import Launch
+from grace_core.config.launch import Launch
 from grace_core.events import EventReader, read_events
 from grace_core.launch.backend import Program, backend_of
 from grace_core.training.job import TrainingJob

@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from grace_core.config.model import BenchmarkName
-from grace_core.config.model import PromptStyle as PromptStyleName
+from grace_core.config.evaluation import BenchmarkName
+from grace_core.config.evaluation import PromptStyle as PromptStyleName
 from grace_core.errors import GraceError
 from grace_core.evaluation.benchmarks import BENCHMARKS, find_benchmark
 from grace_core.evaluation.items import Item, Picture

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from grace_core.config import GraceConfig, load_config
 from grace_core.config.load import config_digest, validate_config
-from grace_core.config.model import RULES_BROKEN
+from grace_core.config.tree import RULES_BROKEN
 from grace_core.config.yaml_text import read_yaml
 from grace_core.errors import ConfigError
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 
 from grace_core.config import GraceConfig
-from grace_core.config.model import ShareGPT4VData
+from grace_core.config.data import ShareGPT4VData
 from grace_core.doctor.dataset import check_data, estimated_size, estimated_text
 from grace_core.doctor.examination import examine
 from grace_core.doctor.findings import (

@@ -23,7 +23,8 @@ from transformers import AutoModelForImageTextToText
 
 from grace_core import stages
 from grace_core.artifacts import Artifact, verify_artifact
-from grace_core.config.model import Gate, GraceConfig
+from grace_core.config.evaluation import Gate
+from grace_core.config.tree import GraceConfig
 from grace_core.evaluation.gate import GateClosed
 from grace_core.events import Event
 from grace_core.models.families import FAMILIES as SUPPORTED

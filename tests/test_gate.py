@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from grace_core.config import load_config
-from grace_core.config.model import Gate
+from grace_core.config.evaluation import Gate
 from grace_core.errors import ConfigError
 from grace_core.evaluation.gate import GateClosed, GateVerdict, judge, require_open
 from grace_core.evaluation.report.comparison import compare

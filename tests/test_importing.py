@@ -23,7 +23,7 @@ from typer.testing import CliRunner
 from grace_core.artifacts import Artifact, Manifest
 from grace_core.cli.app import app
 from grace_core.cli.chain import Chain
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.events import Event
 from grace_core.export.awq import AWQ

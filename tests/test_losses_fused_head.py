@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from grace_core.config.model import Distillation
+from grace_core.config.objective import Distillation
 from grace_core.errors import GraceError
 from grace_core.losses import fused_head, kernel_choice, supervised_terms
 from grace_core.losses.cross_entropy import cross_entropy_sum

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grace_core.config.model import Distillation
+from grace_core.config.objective import Distillation
 from grace_core.losses.cross_entropy import cross_entropy_sum
 from grace_core.losses.distillation import decoupled_kd, kullback_leibler
 from grace_core.losses.gate import confidence_gate

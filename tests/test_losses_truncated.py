@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grace_core.config.model import Distillation
+from grace_core.config.objective import Distillation
 from grace_core.losses.distillation import decoupled_kd, kullback_leibler
 from grace_core.losses.fused_head import SupervisedHead, truncated_rows
 from grace_core.losses.truncated_distillation import truncated_distillation

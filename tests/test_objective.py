@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from grace_core.config.model import Controller, Distillation, Objective, Relational
+from grace_core.config.objective import Controller, Distillation, Objective, Relational
 from grace_core.losses.controller import AdaptiveController, FixedBeta
 from grace_core.losses.fused_head import ChunkRows
 from grace_core.losses.objective import (

@@ -15,7 +15,7 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows.pipeline import grace
 from grace_core.artifacts import Artifact
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.publish.approval import Approval
 from grace_core.publish.release_set import FROM_ENVIRONMENT, HubAccess

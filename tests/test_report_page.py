@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from grace_core.config.model import Gate
+from grace_core.config.evaluation import Gate
 from grace_core.evaluation.gate import judge
 from grace_core.evaluation.items import Gold, Item, Picture, Question
 from grace_core.evaluation.report.comparison import compare

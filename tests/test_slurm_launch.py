@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from grace_core.config.model import Launch
+from grace_core.config.launch import Launch
 from grace_core.errors import GraceError
 from grace_core.launch.backend import Program, backend_of
 from grace_core.launch.process_group import ProcessesFailed

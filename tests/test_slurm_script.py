@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
+from grace_core.config.launch import Launch
 from grace_core.config.load import load_config
-from grace_core.config.model import GraceConfig, Launch
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import ConfigError
 from grace_core.launch.backend import Program, backend_of
 from grace_core.launch.local import LocalBackend

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from grace_core.config.model import Objective, TeacherOutputs, Training
+from grace_core.config.objective import Objective
+from grace_core.config.training import TeacherOutputs, Training
 from grace_core.errors import GraceError
 from grace_core.events import read_events
 from grace_core.losses.objective import (

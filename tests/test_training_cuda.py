@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from grace_core.config.model import TeacherOutputs
+from grace_core.config.training import TeacherOutputs
 from grace_core.events import read_events
 from grace_core.launch.local import torchrun_command
 from grace_core.training.job import RankJob, TeacherJob, TrainingJob

@@ -23,7 +23,7 @@ from datasets import load_from_disk
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from grace_core.config.model import Distillation
+from grace_core.config.objective import Distillation
 from grace_core.data.packing import rows_of_steps
 from grace_core.events import Event, read_events
 from grace_core.failure import Failure, Kind, failure_of

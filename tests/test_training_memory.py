@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from grace_core.config.model import CheckpointSource, Training
+from grace_core.config.models import CheckpointSource
+from grace_core.config.training import Training
 from grace_core.doctor.checkpoints import read_checkpoint
 from grace_core.doctor.memory import trained_model
 from grace_core.launch.local import torchrun_command

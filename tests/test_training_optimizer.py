@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from grace_core.config.model import Training
+from grace_core.config.training import Training
 from grace_core.quantization.scales import ScaleBank
 from grace_core.training.optimizer import (
     clip_flat_gradient,

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from grace_core.config.model import Training
+from grace_core.config.training import Training
 from grace_core.models.families import decoder_layers, set_trainable
 from grace_core.models.kernels import PLAIN
 from grace_core.training.memory import later_bytes

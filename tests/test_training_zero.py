@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from grace_core.config.model import Training
+from grace_core.config.training import Training
 from grace_core.training.zero import deepspeed_settings
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from grace_core.bench.markdown import markdown_table
 from grace_core.bench.training_step import InMemoryTrainer, process_group, training_job
 from grace_core.bench.workbench import Workbench
-from grace_core.config.model import Precision
+from grace_core.config.training import Precision
 from grace_core.training.memory import Decoder, FrozenTeacher, Memory, training_memory
 from grace_core.training.recompute import trained_sizes
 

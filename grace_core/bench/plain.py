@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from grace_core.config.model import Objective
+from grace_core.config.objective import Objective
 from grace_core.losses.cross_entropy import cross_entropy_sum
 from grace_core.losses.distillation import decoupled_kd
 from grace_core.losses.gate import confidence_gate

@@ -24,7 +24,7 @@ from grace_core.bench.measure import Runner
 from grace_core.bench.random_models import trained_weights
 from grace_core.bench.shapes import GROUP_SIZE
 from grace_core.bench.workbench import Workbench
-from grace_core.config.model import Precision, Training
+from grace_core.config.training import Precision, Training
 from grace_core.losses.objective import Teacher
 from grace_core.models.loading import CheckpointFolder
 from grace_core.training.engine import deepspeed_engine

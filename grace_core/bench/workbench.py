@@ -16,7 +16,8 @@ from grace_core.bench.measure import GIB
 from grace_core.bench.random_models import random_model, twin
 from grace_core.bench.samples import RandomRows, folder_without_weights
 from grace_core.bench.shapes import GROUP_SIZE, Shapes
-from grace_core.config.model import Objective, Training
+from grace_core.config.objective import Objective
+from grace_core.config.training import Training
 from grace_core.losses.objective import (
     GlobalCounts,
     StudentObjective,

@@ -10,7 +10,8 @@ from typing import Protocol
 
 from grace_core import stages
 from grace_core.artifacts import Artifact
-from grace_core.config.model import GraceConfig, Precision
+from grace_core.config.training import Precision
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.events import Event
 from grace_core.publish.approval import Approval

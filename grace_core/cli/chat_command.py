@@ -119,7 +119,7 @@ def _loaded(
     import transformers
 
     from grace_core.bench.device import bench_device
-    from grace_core.config.model import CheckpointSource
+    from grace_core.config.models import CheckpointSource
     from grace_core.inference.chat import Chat
     from grace_core.inference.loading import load_release
     from grace_core.models.loading import locate_checkpoint

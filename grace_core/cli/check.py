@@ -13,8 +13,11 @@ from rich.tree import Tree
 
 from grace_core.cli.findings import Findings
 from grace_core.cli.memory import show_memory
+from grace_core.config.launch import Launch, SlurmLaunch
 from grace_core.config.load import config_digest
-from grace_core.config.model import GraceConfig, Launch, Objective, SlurmLaunch, Training
+from grace_core.config.objective import Objective
+from grace_core.config.training import Training
+from grace_core.config.tree import GraceConfig
 from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.doctor.memory import training_stages
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from grace_core.config.model import GraceConfig, TrainingStage
+from grace_core.config.training import TrainingStage
+from grace_core.config.tree import GraceConfig
 from grace_core.doctor.benchmarks import missing_benchmarks
 from grace_core.doctor.checkpoints import Checkpoint, read_checkpoint, to_be_downloaded
 from grace_core.doctor.dataset import missing_data, picture_misfits, unfitting_pictures

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from grace_core.cli.findings import Findings
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.doctor.memory import Need, needs
 from grace_core.training.memory import BACKWARD, LIBRARIES, STEP, recomputed_layers
 

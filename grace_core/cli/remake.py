@@ -7,7 +7,7 @@ from typing import cast
 from grace_core import stages
 from grace_core.artifacts import Artifact
 from grace_core.cli.chain import Observer
-from grace_core.config.model import Precision
+from grace_core.config.training import Precision
 from grace_core.reproduction.plan import Plan
 from grace_core.stages import StageContext
 

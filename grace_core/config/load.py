@@ -13,8 +13,8 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from grace_core.config.model import GraceConfig
 from grace_core.config.problems import problems_of
+from grace_core.config.tree import GraceConfig
 from grace_core.config.yaml_text import read_yaml
 from grace_core.errors import ConfigError, GraceError
 

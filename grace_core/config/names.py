@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from grace_core.config.model import GraceConfig, HubDestination
+from grace_core.config.publish import HubDestination
+from grace_core.config.tree import GraceConfig
 
 
 def release_name(base: str, label: str, group_size: int) -> str:

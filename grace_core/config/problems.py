@@ -15,8 +15,8 @@ from typing import Any, NoReturn
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from grace_core.config.model import RULES_BROKEN, GraceConfig
 from grace_core.config.rules import Unknown, broken_rules
+from grace_core.config.tree import RULES_BROKEN, GraceConfig
 
 Key = tuple[str | int, ...]
 

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from grace_core.config.model import GraceConfig, TrainingStage
+    from grace_core.config.training import TrainingStage
+    from grace_core.config.tree import GraceConfig
 
 
 _OWN = "the launcher sets it itself, leave it out"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from grace_core.config.model import ChosenBenchmark, GraceConfig
+from grace_core.config.evaluation import ChosenBenchmark
+from grace_core.config.tree import GraceConfig
 from grace_core.doctor.findings import Finding, ok, problem, warning
 from grace_core.errors import GraceError
 

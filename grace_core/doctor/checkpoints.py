@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from grace_core.config.model import CheckpointSource
+from grace_core.config.models import CheckpointSource
 from grace_core.doctor.findings import Finding, problem
 from grace_core.models.families import FAMILIES, PROJECTIONS
 

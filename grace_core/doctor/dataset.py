@@ -9,8 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grace_core.config.data import ShareGPT4VData
 from grace_core.config.load import require_environment
-from grace_core.config.model import GraceConfig, ShareGPT4VData
+from grace_core.config.tree import GraceConfig
 from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.doctor.findings import Finding, ok, problem, warning
 from grace_core.errors import GraceError

@@ -9,13 +9,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from grace_core.config.model import (
-    BITS,
-    DirectoryDestination,
-    GraceConfig,
-    TeacherOutputs,
-    ToyData,
-)
+from grace_core.config.data import ToyData
+from grace_core.config.publish import DirectoryDestination
+from grace_core.config.training import BITS, TeacherOutputs
+from grace_core.config.tree import GraceConfig
 from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.doctor.dataset import estimated_size, estimated_text
 from grace_core.doctor.findings import Finding, ok, problem, unchecked, warning

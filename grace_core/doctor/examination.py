@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from grace_core.artifacts import stage_folders
-from grace_core.config.model import GraceConfig, SlurmLaunch
+from grace_core.config.launch import SlurmLaunch
+from grace_core.config.tree import GraceConfig
 from grace_core.doctor.benchmarks import check_benchmarks
 from grace_core.doctor.checkpoints import Checkpoint, read_checkpoint
 from grace_core.doctor.dataset import check_data

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from grace_core.config.model import GraceConfig, HubDestination
+from grace_core.config.publish import HubDestination
+from grace_core.config.tree import GraceConfig
 from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.doctor.findings import Finding, ok, problem, unchecked
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import psutil
 
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.doctor.findings import Finding, information, ok, problem, unchecked, warning
 from grace_core.doctor.gpus import Gpu, visible_gpus

@@ -9,7 +9,8 @@ import math
 from dataclasses import dataclass
 from types import SimpleNamespace
 
-from grace_core.config.model import GraceConfig, Training, TrainingStage
+from grace_core.config.training import Training, TrainingStage
+from grace_core.config.tree import GraceConfig
 from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.models.families import FAMILIES
 from grace_core.training.memory import (

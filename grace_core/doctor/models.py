@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from itertools import groupby
 from typing import Any
 
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.doctor.checkpoints import AREA, Checkpoint, is_local, to_be_downloaded
 from grace_core.doctor.findings import Finding, ok, problem, unchecked, warning
 from grace_core.models.families import FAMILIES

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-from grace_core.config.model import Gate
+from grace_core.config.evaluation import Gate
 from grace_core.errors import GraceError
 from grace_core.evaluation.report.comparison import AVERAGE, Comparison, Estimate
 from grace_core.evaluation.report.recorded import RecordedModel

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from grace_core.config.model import Launch
+from grace_core.config.launch import Launch
 from grace_core.launch.output import stream
 from grace_core.secrets import is_secret
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grace_core.config.model import Launch
+from grace_core.config.launch import Launch
 from grace_core.errors import GraceError
 from grace_core.launch.backend import Program, rank_settings
 

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from grace_core.config.model import Launch
+from grace_core.config.launch import Launch
 from grace_core.launch.backend import Program, rank_environment
 from grace_core.launch.output import new_attempt, stream
 from grace_core.launch.process_group import run_process_group

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
-from grace_core.config.model import Launch, SlurmLaunch
+from grace_core.config.launch import Launch, SlurmLaunch
 from grace_core.errors import GraceError
 from grace_core.events import LineReader
 from grace_core.launch import slurm_commands as commands

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from grace_core.config.model import Launch, SlurmLaunch
+from grace_core.config.launch import Launch, SlurmLaunch
 from grace_core.launch.backend import Program
 from grace_core.launch.slurm_files import SlurmFiles
 from grace_core.training.stopping import STOPPED

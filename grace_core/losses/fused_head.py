@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from grace_core.config.model import Distillation
+from grace_core.config.objective import Distillation
 from grace_core.errors import GraceError
 from grace_core.losses.kernel_choice import kernels_for
 from grace_core.losses.supervised_terms import (

@@ -27,7 +27,7 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-from grace_core.config.model import Distillation
+from grace_core.config.objective import Distillation
 
 NUM_WARPS = 16
 PER_LANE = 8

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from grace_core.config.model import Objective
+from grace_core.config.objective import Objective
 from grace_core.losses.controller import (
     AdaptiveController,
     BetaController,

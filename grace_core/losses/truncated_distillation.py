@@ -18,7 +18,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grace_core.config.model import Distillation
+from grace_core.config.objective import Distillation
 from grace_core.losses.distillation import expected_log_ratio, target_divergence
 from grace_core.losses.truncated_teacher import ABSENT, TruncatedRows
 

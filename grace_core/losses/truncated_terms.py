@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from grace_core.config.model import Distillation
+from grace_core.config.objective import Distillation
 from grace_core.losses.distillation import expected_log_ratio, target_divergence
 from grace_core.losses.kernel_choice import kernels_for
 from grace_core.losses.supervised_terms import terms_by_autograd_

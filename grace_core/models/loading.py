@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
-from grace_core.config.model import CheckpointSource
+from grace_core.config.models import CheckpointSource
 from grace_core.errors import GraceError
 from grace_core.models.cached_attention import CACHED
 from grace_core.models.deepstack import add_deepstack

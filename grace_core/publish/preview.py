@@ -8,7 +8,8 @@ from functools import partial
 from pathlib import Path
 
 from grace_core.artifacts import digest_folder
-from grace_core.config.model import GraceConfig, HubDestination
+from grace_core.config.publish import HubDestination
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.publish.content import ReleaseContent, set_id
 from grace_core.publish.directory import read_directory_index

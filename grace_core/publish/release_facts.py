@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from grace_core.artifacts import Artifact
-from grace_core.config.model import BITS, GraceConfig, TrainingStage
 from grace_core.config.names import repository_name
+from grace_core.config.training import BITS, TrainingStage
+from grace_core.config.tree import GraceConfig
 from grace_core.evaluation.benchmarks import BENCHMARKS
 from grace_core.evaluation.table import TITLES, ResultsTable
 from grace_core.export.card_facts import (

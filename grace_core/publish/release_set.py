@@ -9,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grace_core.artifacts import Artifact
-from grace_core.config.model import GraceConfig, HubDestination
 from grace_core.config.names import index_repository, repository_name
+from grace_core.config.publish import HubDestination
+from grace_core.config.tree import GraceConfig
 from grace_core.evaluation.report.document import published_beside, table_of_models
 from grace_core.evaluation.report.recorded import find_recorded
 from grace_core.evaluation.table import ResultsTable

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from grace_core.artifacts import code_version, environment
-from grace_core.config.model import ShareGPT4VData
+from grace_core.config.data import ShareGPT4VData
 from grace_core.lineage.graph import Node
 from grace_core.models.loading import check_pair, locate_checkpoint
 from grace_core.reproduction.plan import Plan

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_core.config.load import resolve_config
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.lineage.find import Found
 from grace_core.lineage.graph import Lineage, Node

@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from pydantic import BaseModel, ConfigDict
 
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.evaluation.benchmarks import find_benchmark
 from grace_core.evaluation.engine.generation import GenerationEngine

@@ -8,7 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from grace_core.artifacts import Artifact, ArtifactWriter, Parent, fingerprint
-from grace_core.config.model import ChosenBenchmark, Evaluation, GraceConfig
+from grace_core.config.evaluation import ChosenBenchmark, Evaluation
+from grace_core.config.tree import GraceConfig
 from grace_core.data.listing import listing_digest
 from grace_core.errors import GraceError
 from grace_core.evaluation.benchmarks import find_benchmark

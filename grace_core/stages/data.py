@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from itertools import islice
 
 from grace_core.artifacts import Artifact, ArtifactWriter, Parent, fingerprint
-from grace_core.config.model import GraceConfig, ShareGPT4VData, ToyData
+from grace_core.config.data import ShareGPT4VData, ToyData
+from grace_core.config.tree import GraceConfig
 from grace_core.data.prepare import PreparationReport, prepare
 from grace_core.data.sharegpt4v import RawRecord, read_records
 from grace_core.models.loading import (

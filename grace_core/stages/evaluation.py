@@ -7,7 +7,7 @@ import shutil
 from typing import Any
 
 from grace_core.artifacts import Artifact, ArtifactWriter, fingerprint
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.data.prepare import HELD_OUT
 from grace_core.evaluation.benchmarks import find_benchmark
 from grace_core.evaluation.held_out import held_out_loss

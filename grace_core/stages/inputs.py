@@ -15,8 +15,10 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from grace_core.artifacts import digest_folder, fingerprint
+from grace_core.config.data import ShareGPT4VData
 from grace_core.config.load import config_digest
-from grace_core.config.model import CheckpointSource, GraceConfig, ShareGPT4VData
+from grace_core.config.models import CheckpointSource
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.hub_transport import TransportError
 from grace_core.stages.sources import (

@@ -25,7 +25,7 @@ from grace_core.artifacts import (
     verify_artifact,
     verify_sizes,
 )
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.events import Event
 from grace_core.locks import sole_maker

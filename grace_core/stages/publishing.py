@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from grace_core.artifacts import Artifact, ArtifactWriter, Parent, find_artifact, fingerprint
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.evaluation.gate import require_open
 from grace_core.publish.approval import Approval

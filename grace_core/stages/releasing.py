@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from grace_core.artifacts import Artifact, ArtifactWriter
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.export.awq import AWQ
 from grace_core.export.compressed import COMPRESSED
 from grace_core.export.exactness import check_release

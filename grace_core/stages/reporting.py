@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 
 from grace_core.artifacts import Artifact, ArtifactWriter
-from grace_core.config.model import GraceConfig
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.evaluation.gate import GateVerdict, judge
 from grace_core.evaluation.items import Item

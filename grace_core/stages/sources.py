@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from grace_core.artifacts import Parent, fingerprint, sha256_of
+from grace_core.config.data import ShareGPT4VData
 from grace_core.config.load import require_environment
-from grace_core.config.model import GraceConfig, ShareGPT4VData
+from grace_core.config.tree import GraceConfig
 from grace_core.data.listing import listing_digest
 from grace_core.errors import GraceError
 

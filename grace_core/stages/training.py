@@ -11,7 +11,8 @@ import shutil
 from pathlib import Path
 
 from grace_core.artifacts import Artifact, ArtifactWriter
-from grace_core.config.model import GraceConfig, Precision
+from grace_core.config.training import Precision
+from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.events import EventReader
 from grace_core.launch.backend import Program, backend_of

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from grace_core.artifacts import Artifact, Parent, fingerprint
-from grace_core.config.model import BITS, GraceConfig, Precision, Quantization, TrainingStage
+from grace_core.config.training import BITS, Precision, Quantization, TrainingStage
+from grace_core.config.tree import GraceConfig
 from grace_core.data.prepare import TRAIN
 from grace_core.errors import GraceError
 from grace_core.models.loading import CheckpointFolder, locate_checkpoint, read_checkpoint

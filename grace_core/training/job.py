@@ -7,15 +7,10 @@ from typing import Literal
 
 from pydantic import Field
 
-from grace_core.config.model import (
-    BITS,
-    Objective,
-    Precision,
-    Section,
-    TeacherOutputs,
-    TeacherWeights,
-    Training,
-)
+from grace_core.config.models import TeacherWeights
+from grace_core.config.objective import Objective
+from grace_core.config.section import Section
+from grace_core.config.training import BITS, Precision, TeacherOutputs, Training
 
 METRICS = "metrics.jsonl"
 """In the work folder: what the training measured, kept when it is done."""

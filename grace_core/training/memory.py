@@ -16,7 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from grace_core.config.model import Training
+from grace_core.config.training import Training
 from grace_core.models.activations import LayerActivations, layer_activations
 from grace_core.models.families import Family
 from grace_core.training.zero import GATHERED_ELEMENTS, QUANTIZED_ONCE_STAGES, Reduction

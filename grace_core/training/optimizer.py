@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from grace_core.config.model import Training
+from grace_core.config.training import Training
 from grace_core.quantization.scales import ScaleBank
 
 

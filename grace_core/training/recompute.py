@@ -11,7 +11,7 @@ from torch import distributed as dist
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from grace_core.config.model import Training
+from grace_core.config.training import Training
 from grace_core.models.activations import layer_activations, layers_to_recompute
 from grace_core.models.families import Family, decoder_layers
 from grace_core.training.memory import Trained

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
-from grace_core.config.model import TeacherWeights, Training
+from grace_core.config.models import TeacherWeights
+from grace_core.config.training import Training
 from grace_core.losses.fused_head import SupervisedHead, supervised_head
 from grace_core.losses.objective import Teacher
 from grace_core.models.families import Family

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from grace_core.config.model import Training
+from grace_core.config.training import Training
 
 QUANTIZED_ONCE_STAGES = (1, 2)
 """ZeRO stages under which weights are quantized once an optimizer step, else in every pass.

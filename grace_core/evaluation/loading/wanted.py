@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from grace_core.config.evaluation import ChosenBenchmark
 from grace_core.config.load import require_environment
-from grace_core.config.model import ChosenBenchmark
 from grace_core.evaluation.loading.place import Wanted
 
 
