@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from mlflow import MlflowClient
-from mlflow.entities import Metric, Run
+from mlflow.entities import Run
 
 from grace_core.artifacts import MANIFEST, digest_folder, find_artifact, verify_artifact
 from grace_core.errors import GraceError
 from grace_core.publish.directory import read_directory_index
 from tests.chaos.view import TRAININGS, artifacts
+
+_OTHER_EACH_TIME = ("seconds", "per_second", "memory", "progress/")
+"""Parts of the names of metrics that no two runs have in common."""
+
+Series = dict[str, list[tuple[int, float]]]
+"""Step and value of every metric of an MLflow run, by its name."""
 
 _CARD_FILES = {"README.md", "grace_manifest.json", "lineage.svg"}  # what publishing adds
 
@@ -27,8 +33,8 @@ class Outcome:
     published: dict[str, dict[str, bytes]]
     """Weight files of each published model, by its name."""
 
-    losses: dict[str, list[tuple[int, float]]]
-    """Step and cross-entropy of each training, by stage, as MLflow has them."""
+    metrics: dict[str, list[Series]]
+    """What MLflow has of each stage: one entry for every time that it was finished."""
 
 
 def outcome(run_dir: Path, mlflow: str, flow_run_ids: list[str]) -> Outcome:
@@ -44,7 +50,7 @@ def outcome(run_dir: Path, mlflow: str, flow_run_ids: list[str]) -> Outcome:
             folder.name: {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
             for folder in _published(run_dir)
         },
-        losses=_losses(mlflow, flow_run_ids),
+        metrics=_metrics(mlflow, flow_run_ids),
     )
 
 
@@ -75,17 +81,26 @@ def _published(run_dir: Path) -> list[Path]:
     return sorted(path for path in (run_dir / "releases").glob("[!.]*") if path.is_dir())
 
 
-def differences(reference: Outcome, found: Outcome) -> Iterator[str]:
-    """Where a round's outcome is not that of the undisturbed run, to the bit."""
+def differences(reference: Outcome, found: Outcome, damaged: Mapping[str, int]) -> Iterator[str]:
+    """Where a round's outcome is not that of the undisturbed run, to the bit.
+
+    damaged: how often a stage's artifact was damaged, and so made again.
+    """
     for stage, digest in reference.digests.items():
         if found.digests.get(stage) != digest:
             yield f"{stage} is {found.digests.get(stage, 'absent')[:12]}, not {digest[:12]}"
     for name, files in reference.published.items():
         if found.published.get(name) != files:
             yield f"the published weights of {name} differ"
-    for stage, losses in reference.losses.items():
-        if found.losses.get(stage) != losses:
-            yield f"metrics of {stage}: {found.losses.get(stage)}, not {losses}"
+    for stage, (expected,) in reference.metrics.items():
+        finished = found.metrics.get(stage, [])
+        for series in finished:
+            for name in sorted(expected.keys() | series.keys()):
+                if series.get(name) != expected.get(name):
+                    told = f"{series.get(name)}, not {expected.get(name)}"
+                    yield f"metrics of {stage}: {name} is {told}"
+        if not 1 <= len(finished) <= 1 + damaged.get(stage, 0):
+            yield f"{stage} is finished {len(finished)} times in MLflow"
 
 
 def open_runs(mlflow: str, flow_run_ids: list[str]) -> Iterator[str]:
@@ -101,14 +116,24 @@ def _runs(client: MlflowClient, flow_run_ids: list[str]) -> list[Run]:
     return [run for run in found if run.data.tags.get("prefect.flow_run_id") in flow_run_ids]
 
 
-def _losses(mlflow: str, flow_run_ids: list[str]) -> dict[str, list[tuple[int, float]]]:
+def _metrics(mlflow: str, flow_run_ids: list[str]) -> dict[str, list[Series]]:
     client = MlflowClient(mlflow)
-    losses = {}
+    found: dict[str, list[Series]] = {}
     for run in _runs(client, flow_run_ids):
         stage = run.data.tags.get("grace.stage")
-        if stage in TRAININGS and run.info.status == "FINISHED":
-            history: list[Metric] = client.get_metric_history(
-                run.info.run_id, "train/cross_entropy"
+        if stage not in (None, "flow") and run.info.status == "FINISHED":
+            names = [
+                name
+                for name in run.data.metrics
+                if not any(part in name for part in _OTHER_EACH_TIME)
+            ]
+            found.setdefault(stage, []).append(
+                {
+                    name: sorted(
+                        (metric.step, metric.value)
+                        for metric in client.get_metric_history(run.info.run_id, name)
+                    )
+                    for name in names
+                }
             )
-            losses[stage] = sorted((metric.step, metric.value) for metric in history)
-    return losses
+    return found

@@ -5,6 +5,7 @@ A fault that finds nothing to hit (no rank runs yet) returns False and is tried 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -175,10 +176,18 @@ def _fill_disk(scene: Scene) -> bool:
     """Take the space away while a training runs, so that its next checkpoint does not fit."""
     if not ranks(scene.processes()) or not _writes_another_checkpoint(scene.run_dir):
         return False
-    free = os.statvfs(scene.run_dir)
-    taken = free.f_bavail * free.f_frsize - scene.chance.randrange(_SPARE)
+    spare = scene.chance.randrange(_SPARE)
     with ballast(scene.run_dir).open("wb") as stream:
-        os.posix_fallocate(stream.fileno(), 0, max(taken, 1))
+        for _ in range(100):
+            free = os.statvfs(scene.run_dir)
+            try:
+                os.posix_fallocate(
+                    stream.fileno(), 0, max(free.f_bavail * free.f_frsize - spare, 1)
+                )
+                break
+            except OSError as error:  # a checkpoint being written took some of it meanwhile
+                if error.errno != errno.ENOSPC:
+                    raise
     if _writes_another_checkpoint(scene.run_dir):
         return True
     # The last one was written meanwhile. What comes after it is small enough to fit.

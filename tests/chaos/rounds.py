@@ -146,7 +146,10 @@ class Campaign:
             found = outcome(run_dir, self._servers.mlflow_address, flow_runs)
             if self.reference is None:
                 self.reference = found
-            this.problems += differences(self.reference, found)
+            made_again = Counter(
+                fault.stage for fault in this.faults if fault.fault.startswith("artifact")
+            )
+            this.problems += differences(self.reference, found, made_again)
             this.problems += open_runs(self._servers.mlflow_address, flow_runs)
         if not this.problems and not any(attempt.problems for attempt in this.attempts):
             shutil.rmtree(run_dir)
