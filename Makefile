@@ -27,19 +27,19 @@ help: ## List the commands
 	@echo; echo 'No GPU? Give PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu" once.'
 
 .PHONY: demo
-demo: setup ## Run the whole pipeline on CONFIG through Prefect, and show the results
-	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(PY) -m demo run $(CONFIG)
+demo: setup ## Run the whole pipeline on CONFIG through Prefect, and show the results (ARGS="--set seed=3")
+	$(PY) -m demo run $(CONFIG) $(ARGS)
 
 .PHONY: ui
 ui: setup ## Serve Prefect and MLflow, to browse what ran
-	HF_HUB_OFFLINE=$${HF_HUB_OFFLINE-1} $(PY) -m demo ui
+	$(PY) -m demo ui
 
 .PHONY: test
 test: setup ## Run the tests (ARGS="-k name" for some); no network is used
 	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
 
 .PHONY: chaos
-chaos: setup ## Run the pipeline while things fail (root, for a small disk; ARGS="--seed 7"): 30 minutes
+chaos: setup ## Run the pipeline while things fail (root, for a small disk; ARGS="--seed 7"): 15 to 25 minutes
 	HF_HUB_OFFLINE=1 $(PY) -m tests.chaos $(ARGS)
 
 .PHONY: slurm-test

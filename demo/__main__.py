@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import signal
 import sys
 import time
@@ -39,7 +40,8 @@ ServicesFolder = Annotated[
 def run(
     config: Annotated[str, typer.Argument(help="Configuration file.")] = "configs/toy.yaml",
     override: Annotated[
-        list[str] | None, typer.Option("--override", "-o", help="dotted.key=value; repeatable.")
+        list[str] | None,
+        typer.Option("--set", "-s", help="Replace a value, as in seed=3; repeatable."),
     ] = None,
     services: ServicesFolder = Path("runs/services"),
 ) -> None:
@@ -62,8 +64,8 @@ def run(
             reason = _reason(local, final, run_dir, since)
             raise GraceError(
                 f"the flow run ended as {final.state}:\n{reason}\n"
-                f"Logs of the servers: {local.logs}; mend it and run again: finished stages are "
-                "kept"
+                f"Logs of the servers, which stop now: {local.logs}\n"
+                f"Mend it and run `{_same_command(config, overrides)}`: finished stages are kept"
             )
         _show_results(run_dir)
         console.print(f"\n{time.monotonic() - started:.0f} s in all. To browse what ran:")
@@ -103,6 +105,13 @@ def _cancel(api: PrefectApi, flow_run_id: str) -> None:
             api.mark_cancelled(flow_run_id)
             return
         time.sleep(0.5)
+
+
+def _same_command(config: str, overrides: list[str]) -> str:
+    """What the user gives again: of the commands in the report, the first needs these servers."""
+    command = f"make demo CONFIG={shlex.quote(config)}"
+    settings = shlex.join(word for one in overrides for word in ("--set", one))
+    return f"{command} ARGS={shlex.quote(settings)}" if settings else command
 
 
 def _reason(local: Services, final: RunState, run_dir: Path, since: float) -> str:

@@ -19,10 +19,19 @@ Goal = Literal["data", "teacher", "distill", "quantize", "release", "evaluate", 
 
 
 def planned_stages(config: GraceConfig, goal: Goal) -> list[str]:
-    """Names of the stages on the way to `goal`, in the order in which they run."""
+    """Names of the stages on the way to `goal`, in the order in which they run.
+
+    Raises:
+        GraceError: the configuration has nothing that the goal asks for.
+    """
     world = ["world"] if config.data.source.kind == "toy" else []
     teacher = ["teacher"] if config.teacher_fit else []
     outputs = ["teacher-outputs"] if config.records_teacher else []
+    if goal == "teacher" and not teacher and not outputs:
+        raise GraceError(
+            "the configuration has no section teacher_fit, so there is no teacher to fit, and no "
+            "outputs of it to record (teacher_outputs): models.teacher is taken as it is"
+        )
     students = list(config.students)
     releases = [f"release-{label}" for label in students]
     rows = [f"evaluate-{label}" for label in ("teacher", "baseline", *students)]

@@ -16,12 +16,14 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from grace_core.artifacts import Artifact
 from grace_core.cli import findings, main
+from grace_core.cli.app import app
 from grace_core.cli.live import LiveProgress
 from grace_core.config import GraceConfig, load_config
 from grace_core.errors import GraceError
@@ -115,6 +117,28 @@ def test_help_is_there(cli: Cli, command: str) -> None:
     code, out, _ = cli(*command.split(), "--help")
     assert code == 0
     assert f"Usage: grace {command}".rstrip() in words(out)
+
+
+def test_examples_are_shown_whole(cli: Cli) -> None:
+    """Brackets in them are not taken for markup."""
+    shown = 0
+    for names, command in every_command(typer.main.get_command(app)):
+        if command.epilog is None:
+            continue
+        out = cli(*names, "--help")[1]
+        for line in command.epilog.replace("\\[", "[").splitlines():
+            if "grace " in line:
+                assert " ".join(line.split()) in words(out)
+                shown += 1
+    assert shown > 20
+
+
+def every_command(
+    command: Any, names: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], Any]]:
+    yield names, command
+    for name, below in getattr(command, "commands", {}).items():
+        yield from every_command(below, (*names, name))
 
 
 def test_help_teaches_by_example(cli: Cli) -> None:
@@ -402,6 +426,7 @@ def test_teacher_without_its_section_says_so(cli: Cli, stages: Scored, to: tuple
     code, _, err = cli("teacher", TOY, *to)
     assert (code, stages.made) == (1, [])
     assert "no section teacher_fit" in err and "Traceback" not in err
+    assert "continue with" not in err, "the same command would be refused again"
 
 
 def test_an_unknown_variant_is_a_problem_of_the_configuration(cli: Cli) -> None:

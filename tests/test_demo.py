@@ -21,7 +21,7 @@ def demo(*arguments: object) -> list[str]:
 
 def test_a_wrong_setting_is_told_before_anything_starts(tmp_path: Path) -> None:
     done = subprocess.run(
-        demo("run", "configs/toy.yaml", "-o", "sead=3", "--services", tmp_path / "services"),
+        demo("run", "configs/toy.yaml", "--set", "sead=3", "--services", tmp_path / "services"),
         cwd=ROOT,
         capture_output=True,
         text=True,

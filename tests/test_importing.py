@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -361,6 +362,26 @@ def test_import_and_pack_on_the_command_line(published: Path, tmp_path: Path) ->
     assert done.exit_code == 0, done.output
     assert "7 layers" in done.output and "all equal" in done.output
     assert (packed / "model.safetensors").is_file()
+
+
+def test_what_cannot_be_packed_is_refused_before_anything_is_written(
+    published: Path, tmp_path: Path
+) -> None:
+    """Another machine is not asked, and no library's error is shown."""
+    made = tmp_path / "made"
+    import_checkpoint(published, made)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (made / name).unlink()
+    for folder, told in (
+        (tmp_path / "nowhere", "is no checkpoint|no config.json|does not exist"),
+        (published, "no quantization.json"),
+        (made, "no tokenizer here"),
+    ):
+        arguments = ["pack", str(folder), "--out", str(tmp_path / "out"), "--device", "cpu"]
+        done = CliRunner().invoke(app, arguments)
+        assert isinstance(done.exception, GraceError)
+        assert re.search(told, str(done.exception))
+        assert not (tmp_path / "out").exists()
 
 
 # --- going on from it ---

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from grace_core.inference import cpu_products, packed_linear, plans
-from grace_core.inference.layout import collected, dealt
+from grace_core.inference.layout import dealt
 from grace_core.inference.packed_linear import BlockedLinear, KernelLinear, OperatorLinear
 from grace_core.quantization.packing import pack_codes
 from tests.packed_releases import multiplied_out, random_codes, random_scales
@@ -37,14 +37,11 @@ def kernels() -> Any:
 def test_every_code_is_where_the_kernels_look_for_it(bits: int) -> None:
     codes = random_codes(3, 384, bits)
     words = dealt(pack_codes(codes, bits), bits)
-    width, last = 8 * bits, 16 // bits - 1
-    halves = words.view(torch.int16)
-    for row, slab, half, field in ((0, 0, 0, 0), (0, 0, 1, 0), (1, 2, 3, last), (2, 1, 30, 1)):
-        value = int(halves[row, slab * width + half])
-        unsigned = (value >> (bits * field)) & ((1 << bits) - 1)
-        expected = int(codes[row, slab * 128 + field * width + half])
-        assert unsigned - (1 << (bits - 1)) == expected
-    assert torch.equal(collected(words, bits), codes)
+    halves = words.view(torch.int16).int().view(3, 3, 8 * bits)  # row, slab of 128 inputs, half
+    fields = codes.view(3, 3, 16 // bits, 8 * bits)
+    for field in range(16 // bits):
+        unsigned = (halves >> (bits * field)) & ((1 << bits) - 1)
+        assert torch.equal(unsigned - (1 << (bits - 1)), fields[:, :, field].int())
 
 
 def error(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> float:

@@ -33,7 +33,6 @@ from grace_core.models.visual_inputs import VisualInputs
 log = logging.getLogger(__name__)
 
 GIB = 2.0**30
-BATCHES = (1, 2, 4, 8, 16, 32, 64)
 PREFILL_BATCHES = (1, 8)
 CONTEXT = 256
 """Tokens in the cache before the first measured step."""

@@ -1,4 +1,4 @@
-"""`python -m grace_core.cli`: the commands where no `grace` is installed."""
+"""`python -m grace_core.cli`: the commands of the core, where no `grace` is installed."""
 
 from grace_core.cli import main
 

@@ -88,7 +88,7 @@ def _options(
 
 @app.command(
     rich_help_panel="Whole pipeline",
-    epilog="Example: grace check configs/toy.yaml --set quantize.variants=[w4]",
+    epilog="Example: grace check configs/toy.yaml --set quantize.variants=\\[w4]",
 )
 def check(config: ConfigFile, settings: Settings = None) -> None:
     """Check a configuration and show what it would run; nothing is loaded or downloaded.
@@ -146,7 +146,7 @@ def teacher(config: ConfigFile, settings: Settings = None) -> None:
         made = {} if chain.config.teacher_fit is None else {"teacher": chain.teacher()}
         if chain.config.records_teacher:
             made["teacher-outputs"] = chain.teacher_outputs()
-        _show_metrics(made or {"teacher": chain.teacher()})
+        _show_metrics(made)
 
 
 @app.command(rich_help_panel=STAGE_PANEL)

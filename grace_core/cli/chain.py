@@ -12,7 +12,6 @@ from grace_core import stages
 from grace_core.artifacts import Artifact
 from grace_core.config.training import Precision
 from grace_core.config.tree import GraceConfig
-from grace_core.errors import GraceError
 from grace_core.events import Event
 from grace_core.publish.approval import Approval
 from grace_core.publish.preview import Preview, preview
@@ -51,12 +50,7 @@ class Chain:
         return self._once("data", lambda: stages.prepare_data(self.config, self._context))
 
     def teacher(self) -> Artifact:
-        """The fitted teacher; raises GraceError where the configuration fits none."""
-        if self.config.teacher_fit is None:
-            raise GraceError(
-                "the configuration has no section teacher_fit, so there is no teacher to fit: "
-                "models.teacher is taken as it is"
-            )
+        """The fitted teacher, where the configuration has section `teacher_fit`."""
         data = self.data()
         return self._once("teacher", lambda: stages.fit_teacher(self.config, data, self._context))
 

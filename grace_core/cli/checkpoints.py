@@ -83,9 +83,12 @@ def pack(
     from grace_core.export.release import export_packed
     from grace_core.models.loading import load_tokenizer, read_checkpoint
     from grace_core.models.visual_inputs import VisualInputs
+    from grace_core.quantization.checkpoint import load_scales
 
     chosen = AWQ if form == "awq" else COMPRESSED
-    batches = gate_batches(load_tokenizer(checkpoint), VisualInputs(read_checkpoint(checkpoint)))
+    source = read_checkpoint(checkpoint)
+    load_scales(checkpoint)  # says so before anything is written where there are none
+    batches = gate_batches(load_tokenizer(checkpoint), VisualInputs(source))
     with new_directory(out) as folder:
         export_packed(checkpoint, folder, chosen)
         report = check_release(checkpoint, folder, batches, form=chosen, device=_device(device))

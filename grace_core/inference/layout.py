@@ -32,13 +32,6 @@ def dealt(words: Tensor, bits: int) -> Tensor:
     return pack_codes(by_field.permute(0, 1, 3, 4, 2).reshape(codes.shape), bits)
 
 
-def collected(words: Tensor, bits: int) -> Tensor:
-    """Inverse of :func:`dealt`, up to the codes themselves: int8 (O, I)."""
-    codes = unpack_codes(words.contiguous(), bits, words.shape[1] * 32 // bits)
-    by_half = codes.view(len(codes), -1, words_a_slab(bits), 2, 16 // bits)
-    return by_half.permute(0, 1, 4, 2, 3).reshape(codes.shape)
-
-
 def obstacle(in_features: int, group_size: int) -> str | None:
     """Why a layer cannot be laid out so, or None."""
     if group_size % SLAB or in_features % group_size:

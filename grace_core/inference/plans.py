@@ -1,6 +1,6 @@
 """How the product of how many rows with a packed weight is cut among the programs of a GPU.
 
-Fixed tables rather than tuning at run time: the same inputs give the same bits in every process.
+Fixed rules rather than tuning at run time: the same inputs give the same bits in every process.
 `grace bench decode --products` times them beside cuBLAS, `--plans` other ones as well.
 """
 

@@ -143,16 +143,6 @@ def relational_sum(
     return torch.stack(losses).sum() if losses else torch.zeros(())
 
 
-def centred_kernel_alignment(teacher_states_nT: Tensor, student_states_nS: Tensor) -> Tensor:
-    """CKA of one image, in [0, 1] up to rounding; 1 where only the student's Gram vanishes.
-
-    Args:
-        teacher_states_nT: (n, d_T) of an image that counts. No gradient.
-        student_states_nS: (n, d_S). Gets the gradient.
-    """
-    return 1.0 - relational_loss(teacher_relation(teacher_states_nT), student_states_nS)
-
-
 def _centred_directions(states_nd: Tensor) -> Tensor:
     """H V: rows scaled to unit length, minus their mean. (n, d), at least fp32."""
     states_nd = states_nd.to(torch.promote_types(states_nd.dtype, torch.float32))

@@ -141,8 +141,20 @@ def expect_packed_rows(
         decoder._deepstack_process = add_deepstack
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
+
+
 def load_tokenizer(folder: Path) -> Any:
-    """The checkpoint's tokenizer with its chat template."""
+    """The checkpoint's tokenizer with its chat template.
+
+    Raises:
+        GraceError: there are no tokenizer's files, or no chat template.
+    """
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise GraceError(
+            f"{folder}: no tokenizer here ({' or '.join(_TOKENIZER_FILES)}); copy the files of the "
+            "model that it was made from into it"
+        )
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     if not tokenizer.chat_template:
         raise GraceError(f"{folder}: the tokenizer has no chat template; add chat_template.jinja")
