@@ -15,7 +15,7 @@ from grace_core.errors import GraceError
 from grace_core.publish import directory
 from grace_core.publish.content import ReleaseContent, read_content
 from grace_core.publish.directory import publish_to_directory, read_directory_index
-from grace_core.publish.index import INDEX
+from grace_core.publish.index import INDEX, JOURNAL
 from tests.publishing import of, release
 
 LABELS = {"bf16": "Toy-BF16", "w4": "Toy-W4G128"}
@@ -95,6 +95,73 @@ def test_a_failure_leaves_the_old_release(
             publish_to_directory(new, tmp_path / "out")
     (tmp_path / "out" / f".{INDEX}.new").unlink(missing_ok=True)  # written anew the next time
     require_published(tmp_path / "out", old)
+
+
+@pytest.mark.parametrize(
+    ("before", "step"),
+    [*(((), step) for step in range(1, 5)), *((("bf16",), step) for step in range(1, 6))],
+)
+def test_a_failure_leaves_no_model_that_is_new(
+    tmp_path: Path, before: tuple[str, ...], step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renames: the record of what is new, bf16 aside where there is one, both models, the index."""
+    root, names = tmp_path / "out", {label: LABELS[label] for label in before}
+    old = release(tmp_path, "1", names)
+    if old:
+        publish_to_directory(old, root)
+    replace, renames = os.replace, 0
+
+    def fails(source: Path, renamed: Path) -> None:
+        nonlocal renames
+        renames += 1
+        if renames == step:
+            raise OSError("no permission")
+        replace(source, renamed)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(directory.os, "replace", fails)
+        with pytest.raises(OSError, match="no permission"):
+            publish_to_directory(release(tmp_path, "2", LABELS), root)
+    index = read_directory_index(root)
+    assert (index is None) == (not old)
+    for content in old:
+        assert shown(root / content.repository) == of(content)
+    left = {name for name in os.listdir(root) if not name.startswith(".")}
+    assert left == ({*names.values(), INDEX} if old else set())
+    new = release(tmp_path, "2", LABELS)
+    publish_to_directory(new, root)
+    require_published(root, new)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [4, 5, 6])
+def test_a_new_model_of_a_killed_publication_goes(tmp_path: Path, step: int) -> None:
+    """The fourth rename is the new model's, the fifth the index's; the sixth step removes."""
+    root, old = tmp_path / "out", release(tmp_path, "1", {"bf16": LABELS["bf16"]})
+    publish_to_directory(old, root)
+    new = release(tmp_path, "2", LABELS)
+    publisher = multiprocessing.get_context("forkserver").Process(
+        target=_publish_and_die, args=(new, root, step)
+    )
+    publisher.start()
+    publisher.join()
+    assert publisher.exitcode == -signal.SIGKILL
+    assert (root / LABELS["w4"]).exists() == (step > 4)
+    publish_to_directory(old, root)
+    assert shown(root / LABELS["bf16"]) == of(old[0])
+    # Named by the index before, W4 is an earlier release's, which stays as any that is left out.
+    assert (root / LABELS["w4"]).exists() == (step == 6)
+    assert not (root / JOURNAL).exists()
+
+
+def test_a_folder_that_took_the_place_of_a_new_model_is_left_alone(tmp_path: Path) -> None:
+    root, new = tmp_path / "out", release(tmp_path, "1", LABELS)
+    index = publish_to_directory(new, root)
+    (root / INDEX).rename(root / JOURNAL)  # as if it had been killed before the index
+    (root / LABELS["w4"] / "notes.txt").write_text("mine")
+    publish_to_directory(new[:1], root)
+    assert shown(root / LABELS["w4"])["notes.txt"] == b"mine"
+    assert index.models["bf16"].digest == digest_folder(root / LABELS["bf16"])
 
 
 @pytest.mark.slow

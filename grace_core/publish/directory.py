@@ -15,7 +15,7 @@ from grace_core.errors import GraceError
 from grace_core.lineage.published import RELEASE_MANIFEST
 from grace_core.locks import sole_maker
 from grace_core.publish.content import ReleaseContent, set_id
-from grace_core.publish.index import INDEX, IndexedModel, ReleaseIndex, now
+from grace_core.publish.index import INDEX, JOURNAL, IndexedModel, ReleaseIndex, now
 from grace_core.whole_files import write_whole
 
 
@@ -72,6 +72,7 @@ def publish_to_directory(
             )
             previous = [_aside(final, "previous") for final in staged if final.exists()]
             try:
+                _record_new(root, index)
                 for final, partial in staged.items():
                     if final.exists():
                         os.replace(final, _aside(final, "previous"))
@@ -82,6 +83,7 @@ def publish_to_directory(
                 raise
             for folder in previous:
                 shutil.rmtree(folder)
+            (root / JOURNAL).unlink(missing_ok=True)
         finally:
             for partial in staged.values():
                 shutil.rmtree(partial, ignore_errors=True)
@@ -93,7 +95,10 @@ def read_directory_index(root: Path) -> ReleaseIndex | None:
 
     Raises GraceError when the file cannot be understood.
     """
-    file = root / INDEX
+    return _read(root / INDEX)
+
+
+def _read(file: Path) -> ReleaseIndex | None:
     if not file.is_file():
         return None
     try:
@@ -140,25 +145,48 @@ def _require_release(final: Path) -> None:
         )
 
 
+def _record_new(root: Path, index: ReleaseIndex) -> None:
+    """Before the switch, write down the models that will stand where nothing stood.
+
+    Others leave what was there before beside them, which says as much.
+    """
+    new = {
+        label: model
+        for label, model in index.models.items()
+        if not (root / model.repository).exists()
+    }
+    if new:
+        record = index.model_copy(update={"models": new})
+        write_whole(root / JOURNAL, record.model_dump_json(indent=1) + "\n")
+
+
 def _recover(root: Path) -> None:
     """Bring models and index together after a switch, finished or cut short.
 
-    A model that the index names with another digest goes back to what it was before; of one that
-    is as the index says, what was before goes.
+    A model that the index names with another digest goes back to what it was before, or goes where
+    nothing was; of one that is as the index says, what was before goes.
     """
-    switched = [*root.glob(".*.previous")]
-    index = read_directory_index(root) if switched else None
-    named = {model.repository: model for model in index.models.values()} if index else {}
+    switched, new = [*root.glob(".*.previous")], _read(root / JOURNAL)
+    index = read_directory_index(root) if switched or new else None
+    named = {model.repository: model.digest for model in index.models.values()} if index else {}
     for previous in switched:
         final = previous.with_name(previous.name.removeprefix(".").removesuffix(".previous"))
-        model = named.get(final.name)
-        is_new = final.exists() and model is not None and digest_folder(final) == model.digest
+        is_new = final.exists() and digest_folder(final) == named.get(final.name)
         if is_new:
             shutil.rmtree(previous)
             continue
         if final.exists():
             shutil.rmtree(final)
         os.replace(previous, final)
+    for model in new.models.values() if new else ():
+        final = root / model.repository
+        if model.digest == named.get(model.repository) or not final.exists():
+            continue
+        if digest_folder(final) == model.digest:  # else somebody put it there since
+            undone = _aside(final, "partial-undone")  # killed while it goes, it is no model
+            os.replace(final, undone)
+            shutil.rmtree(undone)
+    (root / JOURNAL).unlink(missing_ok=True)
 
 
 def _aside(final: Path, what: str) -> Path:

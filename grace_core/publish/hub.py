@@ -239,12 +239,18 @@ class _Publisher:
         models = {}
         for content in self._contents:
             known = before.models.get(content.label) if resumed and before is not None else None
-            head = self._models[content.label].head()
+            repository = self._models[content.label]
+            head = repository.head()
             assert head is not None
+            past = head
+            if known is not None and known.tree is not None and head != known.before:
+                # The interrupted run may have switched main; the past is what it showed before.
+                switched = tree_digest(repository.tree(head)) == known.tree
+                past = known.before if switched else head
             models[content.label] = PlannedModel(
                 repository=content.repository,
                 digest=content.digest,
-                before=head,
+                before=past,
                 staged=known.staged if known else None,
                 tree=known.tree if known else None,
             )
