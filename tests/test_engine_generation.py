@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,10 +12,13 @@ from typing import Any
 import pytest
 import torch
 
+from grace_core.errors import GraceError
 from grace_core.evaluation.engine import decoding
 from grace_core.evaluation.engine.decoding import EagerSteps, State
 from grace_core.evaluation.engine.graphs import FixedStep, GraphSteps
-from grace_core.evaluation.items import Picture, Question
+from grace_core.evaluation.engine.journal import Journal
+from grace_core.evaluation.engine.run import ask_all
+from grace_core.evaluation.items import FileSlice, Picture, Question
 from grace_core.models.families import Family
 from grace_core.models.fused_forward import use_fused_forward
 from grace_core.models.kernels import PLAIN
@@ -186,23 +192,72 @@ def test_generation_settings_of_the_checkpoint_do_not_matter(qwen: Loaded) -> No
         settings.do_sample, settings.repetition_penalty, settings.temperature = False, None, None
 
 
-def test_one_bad_item_costs_no_other_its_answer(qwen: Loaded, tmp_path: Path) -> None:
+def test_one_bad_item_costs_no_other_its_answer(qwen: Loaded) -> None:
     good = questions(5)
     whole = picture(3).source
     assert isinstance(whole, bytes)
     bad = [
         Question("broken", "mcq", (Picture(b"no picture"), "What?")),
         Question("cut", "mcq", (Picture(whole[: len(whole) // 2]), "What?")),
-        Question("gone", "mcq", (Picture(tmp_path / "gone.png"), "What?")),
         Question("sly", "mcq", (picture(0), "What <|image_pad|>?")),
     ]
     found = qwen.answers([*bad[:2], *good, *bad[2:]])
     errors = {one.item_id: str(one.error) for one in found if one.error is not None}
-    assert set(errors) == {"broken", "cut", "gone", "sly"}
+    assert set(errors) == {"broken", "cut", "sly"}
     assert "none of the formats" in errors["broken"]
-    assert "FileNotFoundError" in errors["gone"]
     assert "2 picture placeholders" in errors["sly"]
     assert found[2:7] == qwen.answers(good)
+
+
+def test_what_another_try_may_mend_is_asked_again(
+    qwen: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One read of the pack fails, and one question alone finds no memory."""
+    pack = tmp_path / "pictures.tar"
+    one, other = picture(0).source, picture(1).source
+    assert isinstance(one, bytes) and isinstance(other, bytes)
+    pack.write_bytes(one + other)
+    packed = [
+        Picture(FileSlice(pack, start, len(data), hashlib.sha256(data).hexdigest()))
+        for start, data in ((0, one), (len(one), other))
+    ]
+    asked = [
+        *(Question(f"one{number}", "mcq", (packed[0], f"What {number}?")) for number in range(3)),
+        *(Question(f"two{number}", "mcq", (packed[1], f"What {number}?")) for number in range(3)),
+        Question("long", "open", ("What is it? " * 30,)),
+    ]
+    expected = qwen.answers(asked, 1)
+    read, prefill = FileSlice.read, decoding.Decoder.prefill
+    times: Counter[str] = Counter()
+
+    def cannot_be_read(piece: FileSlice) -> bytes:
+        times[piece.sha256] += 1
+        if piece.offset > 0 and times[piece.sha256] > 1:  # the header was read
+            raise OSError(errno.EIO, "Input/output error")
+        return read(piece)
+
+    def finds_no_memory(decoder: Any, rows: Any, cache: Any) -> torch.Tensor:
+        if max(len(row.input_ids) for row in rows) > 100:
+            raise torch.cuda.OutOfMemoryError("no memory left")
+        return prefill(decoder, rows, cache)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileSlice, "read", cannot_be_read)
+        patch.setattr(decoding.Decoder, "prefill", finds_no_memory)
+        with pytest.raises(GraceError, match="run the same again") as caught:
+            ask_all(qwen.engine(batch_tokens=1), asked, tmp_path / "work")
+    for named in ("4 questions", "no memory left", "Input/output error"):
+        assert named in str(caught.value)
+    kept = Journal(tmp_path / "work" / "answers").predictions
+    assert set(kept) == {"one0", "one1", "one2"}
+    assert ask_all(qwen.engine(batch_tokens=1), asked, tmp_path / "work") == expected
+
+
+def test_a_header_that_cannot_be_read_now_is_nobodys_answer(qwen: Loaded, tmp_path: Path) -> None:
+    gone = Question("gone", "mcq", (Picture(tmp_path / "gone.png"), "What?"))
+    with pytest.raises(FileNotFoundError):
+        ask_all(qwen.engine(), [gone], tmp_path / "work")
+    assert Journal(tmp_path / "work" / "answers").predictions == {}
 
 
 def test_a_batch_that_does_not_fit_is_asked_in_halves(

@@ -16,6 +16,7 @@ import pytest
 
 from grace_core.errors import GraceError
 from grace_core.evaluation.engine.claims import Claims
+from grace_core.evaluation.engine.interface import Unanswered
 from grace_core.evaluation.engine.journal import Journal
 from grace_core.evaluation.engine.run import ask_all
 from grace_core.evaluation.items import Prediction
@@ -107,6 +108,40 @@ def test_an_error_of_the_engine_keeps_what_was_answered(tmp_path: Path) -> None:
     engine = Echo(3)
     ask_all(engine, asked(10), tmp_path)
     assert len(engine.answered) == 4
+
+
+class Unlucky(Echo):
+    """Cannot ask some questions for want of memory."""
+
+    def __init__(self, *without: int) -> None:
+        super().__init__(3)
+        self.without = {f"q{number}" for number in without}
+
+    def _answers(self, batch):  # type: ignore[no-untyped-def]
+        found = super()._answers(batch)
+        return [
+            Unanswered(one.item_id, "no memory left") if one.item_id in self.without else one
+            for one in found
+        ]
+
+
+def test_what_could_not_be_asked_ends_the_run_and_is_asked_again(tmp_path: Path) -> None:
+    questions = asked(10)  # batches 9 8 7, 6 5 4, 3 2 1, 0
+    engine = Unlucky(5)
+    with pytest.raises(GraceError, match=r"a question could not be asked \(q5: no memory left\)"):
+        ask_all(engine, questions, tmp_path)
+    assert len(engine.answered) == 10, "all others are answered first"
+    assert "q5" not in answered_lines(tmp_path)
+    again = Echo(3)
+    assert ask_all(again, questions, tmp_path) == [expected(one) for one in questions]
+    assert again.answered == ["q6", "q5", "q4"], "a batch as a whole"
+
+
+def test_a_cause_that_is_not_the_questions_ends_the_run_at_once(tmp_path: Path) -> None:
+    engine = Unlucky(*range(3, 300))
+    with pytest.raises(GraceError, match="21 questions could not be asked"):
+        ask_all(engine, asked(300), tmp_path)
+    assert len(engine.answered) == 21
 
 
 def test_a_claim_is_one_processs(tmp_path: Path) -> None:

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from grace_core.errors import GraceError
+from grace_core.evaluation.engine.interface import Unanswered
 from grace_core.evaluation.engine.run import ask_all
 from grace_core.evaluation.engine.vllm import VllmEngine, load_vllm
-from grace_core.evaluation.items import Picture, Question
+from grace_core.evaluation.items import Picture, Prediction, Question
 from grace_core.toy.tokenizer import shared_tokenizer
 from tests.engine_models import picture
 
@@ -98,6 +99,18 @@ def test_one_bad_item_costs_no_other_its_answer(engine: VllmEngine) -> None:
     assert "longer than the maximum" in str(found[1].error)
     assert found[2].error is None
     assert engine._model.calls == [2, 1, 1]
+
+
+def test_a_picture_that_cannot_be_read_now_is_asked_again(
+    engine: VllmEngine, tmp_path: Path
+) -> None:
+    asked = [
+        Question("gone", "mcq", (Picture(tmp_path / "gone.png"), "Which?")),
+        Question("good", "mcq", (picture(0), "Which?")),
+    ]
+    (found,) = engine.answer(engine.plan(asked).batches)
+    assert isinstance(found[0], Unanswered) and "FileNotFoundError" in found[0].reason
+    assert isinstance(found[1], Prediction) and found[1].error is None
 
 
 def test_without_vllm_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

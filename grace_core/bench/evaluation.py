@@ -20,7 +20,7 @@ from grace_core.bench.samples import folder_without_weights
 from grace_core.bench.shapes import Shapes
 from grace_core.evaluation.engine.generation import GenerationEngine
 from grace_core.evaluation.engine.prompts import messages
-from grace_core.evaluation.items import Question
+from grace_core.evaluation.items import Prediction, Question
 from grace_core.models.loading import expect_packed_rows, load_tokenizer
 from grace_core.models.prompts import chat_text
 from grace_core.models.visual_inputs import VisualInputs
@@ -154,10 +154,11 @@ class EvaluationBench:
 def _answers(engine: GenerationEngine, questions: Sequence[Question]) -> tuple[dict[str, str], int]:
     """Responses by item, and in how many batches they were made."""
     plan = engine.plan(questions)
-    predictions = [one for part in engine.answer(plan.batches) for one in part]
-    failed = [one.error for one in predictions if one.error is not None]
-    assert not failed, f"the engine fails: {failed[0]}"
-    return {one.item_id: one.response for one in predictions}, len(plan.batches)
+    responses = {}
+    for outcome in (one for part in engine.answer(plan.batches) for one in part):
+        assert isinstance(outcome, Prediction) and outcome.error is None, f"failed: {outcome}"
+        responses[outcome.item_id] = outcome.response
+    return responses, len(plan.batches)
 
 
 def _alone(

@@ -76,7 +76,7 @@ class Picture:
         """
         from grace_core.data.pictures import open_picture
 
-        return open_picture(self._readable(), MAX_DECODED_PIXELS)
+        return open_picture(self.encoded(), MAX_DECODED_PIXELS)
 
     def size(self) -> tuple[int, int]:
         """Width and height of the upright picture, without decoding it where its header tells.
@@ -85,10 +85,7 @@ class Picture:
         """
         from grace_core.data.pictures import picture_size
 
-        return picture_size(self._readable(), MAX_DECODED_PIXELS)
-
-    def _readable(self) -> bytes | Path:
-        return self.source.read() if isinstance(self.source, FileSlice) else self.source
+        return picture_size(self.encoded(), MAX_DECODED_PIXELS)
 
 
 @dataclass(frozen=True)
@@ -134,7 +131,10 @@ class Item:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What came of one item: a response, or the error that kept it from being answered."""
+    """What came of one item: a response, or what is wrong with the item itself.
+
+    It says the same however often the item is asked; what another try may mend is no prediction.
+    """
 
     item_id: str
     response: str

@@ -85,7 +85,7 @@ class BenchmarkScore:
 
     @property
     def errors(self) -> int:
-        """Items that ended in an exception; they count as not answered, not as wrong."""
+        """Items that cannot be asked as they are; they count as not answered, not as wrong."""
         return sum(
             item.prediction is not None and item.prediction.error is not None for item in self.items
         )

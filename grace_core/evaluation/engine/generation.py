@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from grace_core.data.sharegpt4v import UnusableRecord
+from grace_core.errors import GraceError
 from grace_core.evaluation.engine.batches import Extent, batches
 from grace_core.evaluation.engine.decoding import Decoder, EagerSteps, Row, Steps, decode
 from grace_core.evaluation.engine.features import FeatureStore, Pixels, read_pixels
 from grace_core.evaluation.engine.graphs import GraphSteps
-from grace_core.evaluation.engine.interface import BatchPlan
+from grace_core.evaluation.engine.interface import BatchPlan, Unanswered, outcome_of
 from grace_core.evaluation.engine.key_values import KeyValues, bytes_per_token
 from grace_core.evaluation.engine.prompts import (
     Prompt,
@@ -118,8 +120,8 @@ class GenerationEngine:
         )
         return BatchPlan([[questions[i] for i in batch] for batch in made], batch_tokens)
 
-    def answer(self, plan: Iterable[Sequence[Question]]) -> Iterator[list[Prediction]]:
-        """Predictions of each batch, one a question in its order.
+    def answer(self, plan: Iterable[Sequence[Question]]) -> Iterator[list[Prediction | Unanswered]]:
+        """What came of each batch, one a question in its order.
 
         The next batch is asked for, and its pictures are made ready, while one is at work.
         """
@@ -150,23 +152,23 @@ class GenerationEngine:
         }
         return _Prepared(questions, prompts, pixels)
 
-    def _answered(self, batch: _Prepared) -> list[Prediction]:
-        found: dict[str, Prediction] = {}
+    def _answered(self, batch: _Prepared) -> list[Prediction | Unanswered]:
+        found: dict[str, Prediction | Unanswered] = {}
         asked = []
         for question in batch.questions:
             prompt = batch.prompts[question.id]
             if isinstance(prompt, Prompt):
                 asked.append(prompt)
             else:
-                found[question.id] = _failed(question, prompt)
-        for prediction in self._ask(asked, batch.pixels):
-            found[prediction.item_id] = prediction
+                found[question.id] = outcome_of(question, prompt)
+        for outcome in self._ask(asked, batch.pixels):
+            found[outcome.item_id] = outcome
         return [found[question.id] for question in batch.questions]
 
     def _ask(
         self, prompts: Sequence[Prompt], pixels: Mapping[str, Future[Pixels]]
-    ) -> Iterator[Prediction]:
-        """Predictions of prompts; those that fail together are asked again in two halves."""
+    ) -> Iterator[Prediction | Unanswered]:
+        """What came of prompts; those that fail together are asked again in two halves."""
         if not prompts:
             return
         try:
@@ -174,7 +176,10 @@ class GenerationEngine:
         except Exception as error:
             if len(prompts) == 1:
                 self._check_device(error)
-                yield _failed(prompts[0].question, error)
+                outcome = outcome_of(prompts[0].question, error)
+                if isinstance(outcome, Unanswered):
+                    log.warning("question %s could not be asked", outcome.item_id, exc_info=True)
+                yield outcome
                 return
             reason = f"{type(error).__name__}: {error}"
         else:
@@ -243,14 +248,19 @@ class GenerationEngine:
         return self._prompts[question.id]
 
     def _measure(self, question: Question) -> None:
-        with suppress(Exception):  # met again, and kept, when the question is encoded
+        with suppress(Exception):  # met again when the question is encoded
             for picture in question.pictures:
                 self._encoder.measure(picture)
 
     def _encoded(self, question: Question) -> Prompt | Exception:
+        """The prompt, or what is wrong with the item itself.
+
+        Raises whatever else goes wrong: without this prompt the batches would not be those that
+        all processes and all runs share.
+        """
         try:
             return self._encoder.encode(question)
-        except Exception as error:  # whatever it is, it is this item's
+        except (UnusableRecord, GraceError) as error:
             return error
 
     def _extent(self, question: Question) -> Extent:
@@ -279,7 +289,3 @@ class GenerationEngine:
                 torch.cuda.synchronize(self._decoder.device)
             except RuntimeError:
                 raise error from None
-
-
-def _failed(question: Question, error: Exception) -> Prediction:
-    return Prediction(question.id, "", f"{type(error).__name__}: {error}")

@@ -6,6 +6,10 @@ everything is answered, and after all have been killed the next run goes on wher
 
 A batch is answered as a whole or again as a whole, with the questions it always has. So what a
 question's neighbours do to the last bits of its logits does not depend on what was killed when.
+
+A batch with a question that could not be asked, for want of memory or because a file could not be
+read, is not recorded: the others are answered, then the run ends with an error, and the next one
+asks that batch again.
 """
 
 from __future__ import annotations
@@ -19,11 +23,17 @@ from pathlib import Path
 
 from grace_core.errors import GraceError
 from grace_core.evaluation.engine.claims import Claims
-from grace_core.evaluation.engine.interface import BatchPlan, Engine
+from grace_core.evaluation.engine.interface import BatchPlan, Engine, Unanswered
 from grace_core.evaluation.engine.journal import Journal
 from grace_core.evaluation.items import Prediction, Question
 
 _LOOK_SECONDS = 0.2
+
+_MOST_UNANSWERED = 20
+"""Questions that one process could not ask; of more, it ends at once: the cause is not theirs."""
+
+_NAMED = 3
+"""Of these, how many the error names."""
 
 ANSWERS = "answers"
 """Folder of the journals."""
@@ -47,7 +57,7 @@ def ask_all(
         on_progress: called with (questions answered by whomever, questions in all).
 
     Raises:
-        GraceError: the folder was made for other questions.
+        GraceError: the folder was made for other questions, or some could not be asked.
     """
     if not questions:
         return []
@@ -56,7 +66,9 @@ def ask_all(
     with Journal(folder / ANSWERS) as journal, Claims(folder / "batches.lock") as claims:
         if not journal.holds(ids):
             plan = _agreed_plan(engine, questions, folder / PLAN_FILE)
-            _answer(engine, plan, journal, claims, on_progress, len(questions))
+            unanswered = _answer(engine, plan, journal, claims, on_progress, len(questions))
+            if unanswered:
+                raise GraceError(_refusal(unanswered, folder))
         if on_progress is not None:
             on_progress(len(questions), len(questions))
         return journal.in_order(ids)
@@ -76,14 +88,17 @@ def _answer(
     claims: Claims,
     on_progress: Callable[[int, int], None] | None,
     total: int,
-) -> None:
-    """Answer batches until all are, by whomever."""
+) -> list[Unanswered]:
+    """Answer batches until all are, by whomever; returns the questions that this could not ask."""
+    unanswered: dict[int, list[Unanswered]] = {}  # by batch
     contents = [[question.id for question in batch] for batch in plan.batches]
     taken: list[int] = []  # in the order in which the engine answers them
 
     def free_batches() -> Iterator[Sequence[Question]]:
         for number, batch in enumerate(plan.batches):
-            if journal.holds(contents[number]) or not claims.take(number):
+            if number in unanswered or journal.holds(contents[number]):
+                continue
+            if not claims.take(number):
                 continue
             journal.refresh()  # whoever had it a moment ago may have answered it
             if journal.holds(contents[number]):
@@ -92,17 +107,48 @@ def _answer(
             taken.append(number)
             yield batch
 
-    while not all(journal.holds(content) for content in contents):
+    def settled(number: int) -> bool:
+        return number in unanswered or journal.holds(contents[number])
+
+    def left() -> list[Unanswered]:
+        return [
+            each
+            for number, batch in unanswered.items()
+            if not journal.holds(contents[number])
+            for each in batch
+        ]
+
+    while not all(map(settled, range(len(contents)))):
         at_work = False
-        for predictions in engine.answer(free_batches()):
+        for outcomes in engine.answer(free_batches()):
             at_work = True
-            journal.append(predictions)
-            claims.give(taken.pop(0))
+            number = taken.pop(0)
+            failed = [one for one in outcomes if isinstance(one, Unanswered)]
+            if failed:
+                unanswered[number] = failed
+            else:
+                journal.append(one for one in outcomes if isinstance(one, Prediction))
+            claims.give(number)
+            if len(left()) > _MOST_UNANSWERED:
+                return left()
             if on_progress is not None:
                 on_progress(len(journal.predictions), total)
         if not at_work:  # others are at what is left; should they die, it is free again
             time.sleep(_LOOK_SECONDS)
             journal.refresh()
+    journal.refresh()  # another process may have had better luck
+    return left()
+
+
+def _refusal(unanswered: Sequence[Unanswered], folder: Path) -> str:
+    named = "; ".join(f"{each.item_id}: {each.reason}" for each in unanswered[:_NAMED])
+    more = "; ..." if len(unanswered) > _NAMED else ""
+    count = f"{len(unanswered)} questions" if len(unanswered) > 1 else "a question"
+    return (
+        f"{folder.name}: {count} could not be asked ({named}{more}); the log has more. Mend the "
+        "cause, such as a disk that cannot be read or a program that holds the GPU's memory, and "
+        f"run the same again: other answers are kept in {folder}, only what is missing is asked"
+    )
 
 
 def _agreed_plan(engine: Engine, questions: Sequence[Question], file: Path) -> BatchPlan:

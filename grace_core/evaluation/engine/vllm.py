@@ -14,7 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from grace_core.errors import GraceError
-from grace_core.evaluation.engine.interface import BatchPlan
+from grace_core.evaluation.engine.interface import (
+    BatchPlan,
+    Unanswered,
+    item_error,
+    outcome_of,
+)
 from grace_core.evaluation.engine.prompts import chat_tokens
 from grace_core.evaluation.items import Prediction, Question
 
@@ -56,21 +61,21 @@ class VllmEngine:
         parts = [list(questions[at : at + size]) for at in range(0, len(questions), size)]
         return BatchPlan(parts, size)
 
-    def answer(self, plan: Iterable[Sequence[Question]]) -> Iterator[list[Prediction]]:
+    def answer(self, plan: Iterable[Sequence[Question]]) -> Iterator[list[Prediction | Unanswered]]:
         """See `Engine.answer`."""
         for questions in plan:
             yield self._answered(questions)
 
-    def _answered(self, questions: Sequence[Question]) -> list[Prediction]:
-        found: dict[str, Prediction] = {}
+    def _answered(self, questions: Sequence[Question]) -> list[Prediction | Unanswered]:
+        found: dict[str, Prediction | Unanswered] = {}
         asked: list[Question] = []
         prompts: list[dict[str, Any]] = []
         for question in questions:
             try:
                 prompts.append(self._prompt(question))
                 asked.append(question)
-            except Exception as error:  # a picture that cannot be read is its item's error
-                found[question.id] = _failed(question, error)
+            except Exception as error:
+                found[question.id] = outcome_of(question, error)
         for prediction in self._ask(asked, prompts):
             found[prediction.item_id] = prediction
         return [found[question.id] for question in questions]
@@ -90,7 +95,7 @@ class VllmEngine:
             outputs = self._model.generate(list(prompts), settings, use_tqdm=False)
         except ValueError as error:  # vLLM's answer to a prompt that is too long for the model
             if len(questions) == 1:
-                yield _failed(questions[0], error)
+                yield item_error(questions[0], error)
                 return
             for question, prompt in zip(questions, prompts, strict=True):
                 yield from self._ask([question], [prompt])
@@ -117,7 +122,3 @@ def _vllm() -> Any:
             f"evaluation.engine is vllm, which cannot be imported ({error}); install it in this "
             "environment, or set the engine to transformers"
         ) from error
-
-
-def _failed(question: Question, error: Exception) -> Prediction:
-    return Prediction(question.id, "", f"{type(error).__name__}: {error}")
