@@ -176,6 +176,35 @@ def test_a_tag_is_never_moved(hub: Hub, tmp_path: Path) -> None:
     assert tags == {"v1.0": first.models["bf16"].commit, "v1.1": second.models["bf16"].commit}
 
 
+def test_a_tag_that_is_asked_for_later_is_made(
+    hub: Hub, tmp_path: Path, slept: list[float]
+) -> None:
+    contents = release(tmp_path, "1")
+    first = publish(hub, contents)
+    commits = {name: entry.head for name, entry in hub.repositories.items()}
+    interrupt(hub, f"POST /api/models/{INDEX_REPOSITORY}/commit")
+    with pytest.raises(GraceError):
+        publish(hub, contents, tag="v1.0")
+    recover(hub)
+    tagged = publish(hub, contents, tag="v1.0")
+    assert published(hub) == tagged
+    for label, model in first.models.items():
+        assert tagged.models[label] == model.model_copy(update={"tag": "v1.0"})
+        repository = hub.repositories[model.repository]
+        assert repository.tags == {str(model.tag): model.commit, "v1.0": model.commit}
+        assert repository.head == commits[model.repository], "what stands is only named"
+    # Without a wish, it keeps the tag that it has.
+    assert publish(hub, contents) == tagged
+
+
+def test_a_tag_of_something_else_is_not_taken_for_what_stands(hub: Hub, tmp_path: Path) -> None:
+    publish(hub, release(tmp_path, "1"), tag="v1.0")
+    second = publish(hub, release(tmp_path, "2"), tag="v1.1")
+    with pytest.raises(GraceError, match=r"v1\.0.*never moved"):
+        publish(hub, release(tmp_path, "2"), tag="v1.0")
+    assert published(hub) == second
+
+
 def test_a_change_by_someone_else_is_not_overwritten(hub: Hub, tmp_path: Path) -> None:
     first = publish(hub, release(tmp_path, "1"))
 

@@ -89,6 +89,20 @@ def test_what_would_stop_it_is_told(hub: Hub, tmp_path: Path) -> None:
     assert published(hub) is not None
 
 
+def test_a_tag_that_is_asked_for_later_is_told(hub: Hub, tmp_path: Path) -> None:
+    contents = release(tmp_path, "1")
+    publish(hub, contents, tag="v1")
+    same, other = (
+        preview(to_hub(hub, tmp_path, more), contents, ACCESS) for more in ("", ", tag: v2")
+    )
+    assert same.notes[1] == "tag: v1"
+    assert other.notes[1] == "tag: v2, added to this release, which has v1"
+    publish(hub, release(tmp_path, "2"), tag="v2")
+    publish(hub, contents, tag="v1")
+    refused = preview(to_hub(hub, tmp_path, ", tag: v2"), contents, ACCESS)
+    assert "\n".join(refused.problems).count("never moved") == len(LABELS)
+
+
 def test_a_directory_is_looked_at(tmp_path: Path) -> None:
     labels = {"bf16": "Toy-BF16", "w4": "Toy-W4G128"}
     to = config(tmp_path, "publish.destination={kind: directory, path: out}")

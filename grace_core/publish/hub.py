@@ -163,6 +163,13 @@ def require_unmoved_tags(
             raise moved_tag(repository.name, tag)
 
 
+def release_tag(target: HubTarget, release: str, index: ReleaseIndex | None) -> str:
+    """The tag that was asked for; else the one that this release has, or one named by content."""
+    same = index is not None and index.release == release
+    known = [model.tag for model in index.models.values() if model.tag] if index and same else []
+    return target.tag or next(iter(known), tag_of(release))
+
+
 class _Publisher:
     def __init__(
         self,
@@ -181,7 +188,8 @@ class _Publisher:
         self._total = 2 * sum(content.size for content in contents)
         self._done = 0
         self._release = set_id(contents)
-        self._tag = target.tag or tag_of(self._release)
+        self._tag = ""
+        """Of the release; known once the index is read."""
         self._hub = hub
         self._index = HubRepository(hub, target.index_repository)
         self._models = {
@@ -194,6 +202,7 @@ class _Publisher:
         self._prepare()
         found = read_index(self._index)
         assert found is not None
+        self._tag = release_tag(self._target, self._release, found.index)
         if not self._is_published(found):
             require_free_lease(found, self._target)
             require_unmoved_tags(self._contents, self._models, self._tag)
@@ -202,9 +211,30 @@ class _Publisher:
             index = self._switch(journal)
         else:
             assert found.index is not None
-            index = found.index
+            index = self._tagged(found.index, found.head)
         self._finish()
         return index
+
+    def _tagged(self, index: ReleaseIndex, head: str) -> ReleaseIndex:
+        """The index of what is published already, under the tag that is asked for now."""
+        if all(model.tag == self._tag for model in index.models.values()):
+            return index
+        require_unmoved_tags(self._contents, self._models, self._tag)
+        for label, model in index.models.items():
+            self._models[label].tag(self._tag, model.commit)
+        models = {
+            label: model.model_copy(update={"tag": self._tag})
+            for label, model in index.models.items()
+        }
+        renamed = index.model_copy(update={"models": models})
+        self._index.write(self._files_of(renamed), head, f"Tag {self._tag}")
+        return renamed
+
+    def _files_of(self, index: ReleaseIndex) -> dict[str, bytes]:
+        return {
+            INDEX: (index.model_dump_json(indent=1) + "\n").encode(),
+            CARD: self._index_card(index).encode(),
+        }
 
     def _prepare(self) -> None:
         """Repositories are there, and none shows what is to be hidden."""
@@ -354,13 +384,7 @@ class _Publisher:
             )
         index = ReleaseIndex(release=self._release, published=now().isoformat(), models=models)
         self._index.write(
-            {
-                INDEX: (index.model_dump_json(indent=1) + "\n").encode(),
-                CARD: self._index_card(index).encode(),
-                JOURNAL: None,
-            },
-            self._head,
-            f"Release {self._tag}",
+            {**self._files_of(index), JOURNAL: None}, self._head, f"Release {self._tag}"
         )
         return index
 

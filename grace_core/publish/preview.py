@@ -16,12 +16,13 @@ from grace_core.publish.directory import read_directory_index
 from grace_core.publish.hub import (
     HubTarget,
     read_index,
+    release_tag,
     require_free_lease,
     require_unmoved_tags,
 )
 from grace_core.publish.hub_connection import HubConnection
 from grace_core.publish.hub_repository import MAIN, HubRepository, differing
-from grace_core.publish.index import tag_of
+from grace_core.publish.index import ReleaseIndex
 from grace_core.publish.release_set import HubAccess, hub_target
 
 
@@ -77,10 +78,11 @@ def _of_directory(contents: Sequence[ReleaseContent], root: Path) -> Preview:
 def _of_hub(contents: Sequence[ReleaseContent], target: HubTarget) -> Preview:
     hub = HubConnection(target.endpoint, target.token, target.namespace)
     release = set_id(contents)
-    tag = target.tag or tag_of(release)
     index = HubRepository(hub, target.index_repository)
     found = read_index(index)
-    notes = [_named(found.index.release if found and found.index else None), f"tag: {tag}"]
+    known = found.index if found else None
+    tag = release_tag(target, release, known)
+    notes = [_named(known.release if known else None), _tag_note(tag, release, known)]
     problems = []
     if found is not None and found.journal is not None:
         same = found.journal.release == release
@@ -123,6 +125,13 @@ def _of_repository(
 
 def _named(release: str | None) -> str:
     return "index: " + ("none yet" if release is None else f"names release {release[:12]}")
+
+
+def _tag_note(tag: str, release: str, index: ReleaseIndex | None) -> str:
+    before = {str(model.tag) for model in index.models.values()} if index else set()
+    if index is None or index.release != release or before == {tag}:
+        return f"tag: {tag}"
+    return f"tag: {tag}, added to this release, which has {', '.join(before)}"
 
 
 def _problem(check: Callable[[], None]) -> list[str]:
