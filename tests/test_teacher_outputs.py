@@ -33,7 +33,7 @@ from grace_core.models.visual_inputs import VisualInputs
 from grace_core.training import teacher_outputs as storage
 from grace_core.training.job import TeacherJob
 from grace_core.training.planned_rows import PlannedRows, RankPlan, RecordedRow, row_loader
-from grace_core.training.stopping import StopSignal
+from grace_core.training.stopping import STOPPED, StopSignal
 from grace_core.training.teacher_outputs import INDEX, shard_file
 from grace_core.training.teacher_pass import TeacherPass, record_outputs
 from tests.objective_oracle import opinionated, step_terms
@@ -107,7 +107,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def start(world: World, job: TeacherJob, rank: int, ranks: int, *more: str) -> Any:
     job.work.mkdir(parents=True, exist_ok=True)
-    file = job.work / "job.json"
+    file = job.work / f"job-{rank}.json"
     file.write_text(job.model_dump_json(), encoding="utf-8")
     arguments = [str(file), str(job.work / f"store-{ranks}"), str(rank), str(ranks), *more]
     return subprocess.Popen(
@@ -158,7 +158,7 @@ def test_three_ranks_with_a_sharded_teacher_make_the_same_files(world: World) ->
 @pytest.mark.slow
 def test_a_killed_pass_goes_on_with_what_is_missing(world: World) -> None:
     job = world.job("killed")
-    assert start(world, job, 0, 1, "2").wait(240) == -signal.SIGKILL
+    assert start(world, job, 0, 1, "die", "2").wait(240) == -signal.SIGKILL
     assert not job.result.exists()
     left = {file.name for file in job.shards.glob("shard-*")}
     assert left == {shard_file(job.shards, number).name for number in range(2)}
@@ -183,6 +183,31 @@ def test_a_stop_leaves_whole_shards_and_no_result(world: World) -> None:
     stop._receive(signal.SIGTERM, None)
     assert not record_outputs(job, CPU, stop)
     assert not job.result.exists() and not list(job.shards.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_stop_of_one_rank_is_that_of_all(world: World, told: int) -> None:
+    """The other one has made its shards and waits: nothing passes for the result."""
+    job = world.job(f"one-of-two-{told}")
+    more = {told: ["stop"]}
+    ranks = [start(world, job, rank, 2, *more.get(rank, [])) for rank in range(2)]
+    assert [rank.wait(240) for rank in ranks] == [STOPPED, STOPPED]
+    assert not job.result.exists()
+    left = {shard_file(job.shards, number) for number in (1 - told, 3 - told)}
+    assert set(job.shards.glob("*.safetensors")) == left
+    assert record_outputs(job, CPU, StopSignal())
+    assert content(job.result) == content(world.whole)
+
+
+def test_a_missing_shard_is_no_result(world: World) -> None:
+    job = world.job("missing")
+    teacher_pass = TeacherPass(job, CPU)
+    assert teacher_pass.run(StopSignal())
+    shard_file(job.shards, 2).unlink()
+    with pytest.raises(GraceError, match=r"1 of 4 shards are not in .*shard-00002.*shared disk"):
+        teacher_pass.finish()
+    assert not job.result.exists()
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from datasets import load_from_disk
@@ -46,16 +47,18 @@ log = logging.getLogger(__name__)
 def record_outputs(job: TeacherJob, device: torch.device, stop: StopSignal) -> bool:
     """Make all shards that are missing; called by every rank of the group.
 
-    Returns True when the result is there, False when told to stop before.
+    Returns, on all ranks alike, True when the result is there, False when one was told to stop.
     """
     teacher_pass = TeacherPass(job, device)
-    if not teacher_pass.run(stop):
+    # With a whole teacher each rank hears of its own signal alone.
+    finished = torch.tensor(int(teacher_pass.run(stop)), device=device)
+    dist.all_reduce(finished, op=dist.ReduceOp.MIN)
+    if not finished:
         log.warning(
             "stopped by signal after step %d; whole shards stay, the next run makes the others",
             teacher_pass.done,
         )
         return False
-    dist.barrier()
     if dist.get_rank() == 0:
         teacher_pass.finish()
     return True
@@ -85,6 +88,10 @@ class TeacherPass:
     @property
     def shards(self) -> int:
         return -(-len(self.lengths) // self.job.outputs.shard_samples)
+
+    @property
+    def _files(self) -> list[Path]:
+        return [shard_file(self.job.shards, number) for number in range(self.shards)]
 
     def run(self, stop: StopSignal) -> bool:
         """Make this rank's missing shards; False when told to stop before the last one is whole."""
@@ -117,8 +124,18 @@ class TeacherPass:
         return True
 
     def finish(self) -> None:
-        """Give the folder of all shards the name of the result."""
+        """Give the folder of all shards the name of the result.
+
+        Raises GraceError where a shard is missing.
+        """
         outputs = self.job.outputs
+        missing = [file.name for file in self._files if not file.exists()]
+        if missing:
+            raise GraceError(
+                f"{len(missing)} of {self.shards} shards are not in {self.job.shards} "
+                f"({missing[0]} is the first); all nodes must see one run_dir: put it on a shared "
+                "disk, then run again, which makes those that are missing"
+            )
         _, log_q = rows_of_shard(shard_file(self.job.shards, 0)).log_q(self.job.temperature)
         write_index(
             self.job.shards,
@@ -209,5 +226,5 @@ class TeacherPass:
     @property
     def done(self) -> int:
         """Samples of all ranks whose shards are whole."""
-        whole = sum(shard_file(self.job.shards, number).exists() for number in range(self.shards))
+        whole = sum(file.exists() for file in self._files)
         return min(whole * self.job.outputs.shard_samples, len(self.lengths))
