@@ -4,7 +4,7 @@ A cancellation is carried out by the worker that started the run. When that work
 runs go on and nobody ends them. And a run whose heartbeats did not arrive for a while, because the
 server was away, is taken for dead although it is alive. So the run looks at its own state now and
 then: it ends itself when it is being cancelled and nobody does it, or when it was ended by hand;
-and it takes back that it had crashed.
+and it takes back that it had crashed. A signal to end it is sent again where Python lost it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from typing import Any, ParamSpec, TypeVar
 from uuid import UUID
@@ -36,6 +37,8 @@ R = TypeVar("R")
 LOOK_SECONDS = 10.0
 PATIENCE_SECONDS = 40.0
 """A worker that carries out a cancellation has killed the run after 30."""
+INSIST_SECONDS = 1.0
+"""Of work that goes on after a signal to end it, twice."""
 
 _ended_as: State[Any] | None = None
 """The state this process ended itself for; Prefect would call it crashed."""
@@ -69,6 +72,7 @@ def guarded() -> Iterator[None]:
     )
     thread.start()
     with _signals_seen() as seen:
+        threading.Thread(target=_insist, args=(seen, over), name="insist", daemon=True).start()
         try:
             yield
         except Exception as error:  # the run's own failure; else a signal, seen to already
@@ -84,7 +88,7 @@ def guarded() -> Iterator[None]:
 
 @contextmanager
 def _signals_seen() -> Iterator[Callable[[], bytes]]:
-    """Which signals came meanwhile, one byte each; of them Python tells the main thread alone.
+    """Which signals came since then, one byte each; of them Python tells the main thread alone.
 
     Prefect turns SIGTERM into an exception, wherever the main thread is. Compiled code that was
     calling Python just then may answer with an exception of its own, and the run would count as
@@ -95,19 +99,45 @@ def _signals_seen() -> Iterator[Callable[[], bytes]]:
         return
     reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
     before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    came, lock, is_open = bytearray(), threading.Lock(), True
 
     def seen() -> bytes:
-        try:
-            return os.read(reader, 4096)
-        except BlockingIOError:
-            return b""
+        with lock, suppress(BlockingIOError):
+            if is_open:
+                came.extend(os.read(reader, 4096))
+        return bytes(came)
 
     try:
         yield seen
     finally:
         signal.set_wakeup_fd(before)
-        os.close(reader)
-        os.close(writer)
+        with lock:
+            is_open = False
+            os.close(reader)
+            os.close(writer)
+
+
+def _insist(seen: Callable[[], bytes], over: threading.Event) -> None:
+    """Send SIGTERM again where the exception that Prefect makes of it got lost.
+
+    It is raised wherever the main thread is. In a finalizer or the callback of a weak reference
+    Python prints it ("Exception ignored in") and goes on, and so would the run.
+    """
+    looks = 0
+    while not over.wait(INSIST_SECONDS):
+        ending = signal.SIGTERM not in seen() or _main_thread_handles_an_exception()
+        looks = 0 if ending else looks + 1
+        if looks == 2:
+            logger.warning("a signal to end this run was lost within Python: sent again")
+            os.kill(os.getpid(), signal.SIGTERM)
+            looks = 0
+
+
+def _main_thread_handles_an_exception() -> bool:
+    """Whether it is on its way out: ending its processes and records takes a while."""
+    current = sys._current_exceptions().get(threading.main_thread().ident or 0)
+    # Until Python 3.12 what sys.exc_info() returns.
+    return current not in (None, (None, None, None))
 
 
 def _carry_out_cancellation(over: threading.Event, flow_run_id: UUID) -> None:

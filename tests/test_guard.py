@@ -21,13 +21,13 @@ from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 FLOW = """
-import os, subprocess, sys, time
+import os, signal, subprocess, sys, time, weakref
 from pathlib import Path
 from prefect import runtime
 from grace_core.launch.process_group import run_process_group
 from tasks import guard
 
-guard.LOOK_SECONDS, guard.PATIENCE_SECONDS = 0.2, float(sys.argv[2])
+guard.LOOK_SECONDS, guard.PATIENCE_SECONDS, guard.INSIST_SECONDS = 0.2, float(sys.argv[2]), 0.3
 folder = Path(sys.argv[1])
 rank = "import os, sys, time; open(sys.argv[1], 'w').write(str(os.getpid())); time.sleep(60)"
 
@@ -45,6 +45,10 @@ def work() -> None:
 def stop() -> None:
     if (folder / "stop").exists():
         raise RuntimeError("stopped")
+    if (folder / "lose").exists():
+        (folder / "lose").unlink()
+        lose_a_signal()
+        (folder / "lost").touch()
     if (folder / "convert").exists():
         try:
             (folder / "converting").touch()
@@ -52,6 +56,13 @@ def stop() -> None:
         except BaseException:
             pass
         raise ValueError("of compiled code that was calling Python")
+
+def lose_a_signal() -> None:
+    # It comes while Python calls back, where no exception can be raised.
+    class Thing: pass
+    thing = Thing()
+    kept = weakref.ref(thing, lambda _: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.1)))
+    del thing
 
 work()
 """
@@ -124,6 +135,18 @@ def test_a_cancellation_that_nobody_carries_out_is_carried_out(
     set_state(flow_run_id, state())
     assert process.wait(60) != 0
     assert state_of(flow_run_id) == "Cancelled"
+    assert not Path(f"/proc/{rank}").exists(), "its processes are ended with it"
+
+
+def test_a_signal_that_python_loses_is_sent_again(
+    run: tuple[subprocess.Popen[bytes], str], tmp_path: Path
+) -> None:
+    process, flow_run_id = run
+    rank = int((tmp_path / "rank").read_text())
+    (tmp_path / "lose").touch()
+    assert process.wait(60) != 0
+    assert (tmp_path / "lost").exists(), "the work went on for a while"
+    assert state_of(flow_run_id) == "Crashed"
     assert not Path(f"/proc/{rank}").exists(), "its processes are ended with it"
 
 

@@ -181,6 +181,9 @@ def _can(fault: Fault, stage: str | None) -> bool:
 def _ended(attempt: Attempt, servers: Servers) -> bool:
     try:
         run = servers.api.flow_run(attempt.flow_run_id)
+        if run.is_final:  # a run that cancelled itself is crashed until it has told why
+            time.sleep(1.0)
+            run = servers.api.flow_run(attempt.flow_run_id)
     except (urllib.error.URLError, OSError):  # it is being killed or kept away: ask again
         return False
     attempt.state, attempt.message = run.type, run.message

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +15,11 @@ from grace_core.errors import GraceError
 from grace_core.publish.directory import read_directory_index
 from tests.chaos.view import TRAININGS, artifacts
 
-_OTHER_EACH_TIME = ("seconds", "per_second", "memory", "progress/")
-"""Parts of the names of metrics that no two runs have in common."""
+_STAGE_RUN = "grace.stage_run."
+"""Tags of a flow run's MLflow run that name those of its stages."""
+
+_OTHER_EACH_TIME = ("seconds", "per_second", "memory", "progress/", "resume/")
+"""Parts of the names of metrics that a disturbed run need not share with an undisturbed one."""
 
 Series = dict[str, list[tuple[int, float]]]
 """Step and value of every metric of an MLflow run, by its name."""
@@ -33,12 +37,15 @@ class Outcome:
     published: dict[str, dict[str, bytes]]
     """Weight files of each published model, by its name."""
 
-    metrics: dict[str, list[Series]]
-    """What MLflow has of each stage: one entry for every time that it was finished."""
+    metrics: dict[str, Series]
+    """What MLflow has of each stage."""
+
+    times_finished: Counter[str]
+    """How many finished MLflow runs of each stage these flow runs left."""
 
 
 def outcome(run_dir: Path, mlflow: str, flow_run_ids: list[str]) -> Outcome:
-    """Of a completed round, which took these flow runs."""
+    """Of a round, which took these flow runs; the last one was completed."""
     found = [artifact for folder in artifacts(run_dir) if (artifact := find_artifact(folder))]
     return Outcome(
         digests={
@@ -50,7 +57,8 @@ def outcome(run_dir: Path, mlflow: str, flow_run_ids: list[str]) -> Outcome:
             folder.name: {file.name: file.read_bytes() for file in folder.glob("*.safetensors")}
             for folder in _published(run_dir)
         },
-        metrics=_metrics(mlflow, flow_run_ids),
+        metrics=_metrics(mlflow, flow_run_ids[-1]),
+        times_finished=_times_finished(mlflow, flow_run_ids),
     )
 
 
@@ -92,15 +100,18 @@ def differences(reference: Outcome, found: Outcome, damaged: Mapping[str, int]) 
     for name, files in reference.published.items():
         if found.published.get(name) != files:
             yield f"the published weights of {name} differ"
-    for stage, (expected,) in reference.metrics.items():
-        finished = found.metrics.get(stage, [])
-        for series in finished:
-            for name in sorted(expected.keys() | series.keys()):
-                if series.get(name) != expected.get(name):
-                    told = f"{series.get(name)}, not {expected.get(name)}"
-                    yield f"metrics of {stage}: {name} is {told}"
-        if not 1 <= len(finished) <= 1 + damaged.get(stage, 0):
-            yield f"{stage} is finished {len(finished)} times in MLflow"
+    for stage, expected in reference.metrics.items():
+        series = found.metrics.get(stage)
+        if series is None:
+            yield f"MLflow has no finished run of {stage}"
+            continue
+        for name in sorted(expected.keys() | series.keys()):
+            if series.get(name) != expected.get(name):
+                told = f"{series.get(name)}, not {expected.get(name)}"
+                yield f"metrics of {stage}: {name} is {told}"
+    for stage, times in found.times_finished.items():
+        if times > 1 + damaged.get(stage, 0):
+            yield f"MLflow has {times} finished runs of {stage}"
 
 
 def open_runs(mlflow: str, flow_run_ids: list[str]) -> Iterator[str]:
@@ -116,24 +127,36 @@ def _runs(client: MlflowClient, flow_run_ids: list[str]) -> list[Run]:
     return [run for run in found if run.data.tags.get("prefect.flow_run_id") in flow_run_ids]
 
 
-def _metrics(mlflow: str, flow_run_ids: list[str]) -> dict[str, list[Series]]:
+def _metrics(mlflow: str, flow_run_id: str) -> dict[str, Series]:
+    """Of the finished MLflow runs that a completed flow run's own names for its stages."""
     client = MlflowClient(mlflow)
-    found: dict[str, list[Series]] = {}
-    for run in _runs(client, flow_run_ids):
-        stage = run.data.tags.get("grace.stage")
-        if stage not in (None, "flow") and run.info.status == "FINISHED":
+    (parent,) = (
+        run for run in _runs(client, [flow_run_id]) if run.data.tags.get("grace.stage") == "flow"
+    )
+    found = {}
+    for tag, run_id in parent.data.tags.items():
+        if not tag.startswith(_STAGE_RUN):
+            continue
+        run = client.get_run(run_id)
+        if run.info.status == "FINISHED":
             names = [
                 name
                 for name in run.data.metrics
                 if not any(part in name for part in _OTHER_EACH_TIME)
             ]
-            found.setdefault(stage, []).append(
-                {
-                    name: sorted(
-                        (metric.step, metric.value)
-                        for metric in client.get_metric_history(run.info.run_id, name)
-                    )
-                    for name in names
-                }
-            )
+            found[tag.removeprefix(_STAGE_RUN)] = {
+                name: sorted(
+                    (metric.step, metric.value)
+                    for metric in client.get_metric_history(run_id, name)
+                )
+                for name in names
+            }
     return found
+
+
+def _times_finished(mlflow: str, flow_run_ids: list[str]) -> Counter[str]:
+    return Counter(
+        run.data.tags["grace.stage"]
+        for run in _runs(MlflowClient(mlflow), flow_run_ids)
+        if run.info.status == "FINISHED" and run.data.tags.get("grace.stage") not in (None, "flow")
+    )
