@@ -13,6 +13,7 @@ from tasks.fit_teacher import fit_teacher
 from tasks.generate_world import generate_world
 from tasks.guard import guarded_flow
 from tasks.new_inputs import look_at_inputs, nothing_new, remember_inputs
+from tasks.prepare_benchmarks import prepare_benchmarks
 from tasks.prepare_data import prepare_data
 from tasks.publish_models import publish_models, show_results
 from tasks.quantize_student import quantize_student
@@ -109,6 +110,7 @@ def report_of(settings: GraceConfig, run: str, evaluations: Models) -> StageRef:
 
 def published(settings: GraceConfig, run: str, *, holds: bool) -> StageRef:
     """holds: whether the regression gate ends the run where a model falls short."""
+    prepare_benchmarks(settings, run)
     models = trained_models(settings, run)
     releases = released_models(settings, run, models)
     evaluations = scores(settings, run, models.get("teacher"), releases)

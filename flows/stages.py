@@ -25,6 +25,7 @@ from grace_core.config.training import Precision
 from tasks.approval import decide, rejected
 from tasks.distill_student import distill_student
 from tasks.guard import guarded_flow
+from tasks.prepare_benchmarks import prepare_benchmarks
 from tasks.publish_models import publish_models, show_results
 from tasks.tracked import StageRef, finished_stages_only, tracked_flow
 from tasks.write_report import regression_gate
@@ -103,6 +104,7 @@ def evaluate(config: str = DEFAULT, overrides: list[str] | None = None) -> Model
     """
     settings = load_config(config, overrides or [])
     with tracked_flow(settings, "evaluate") as run:
+        prepare_benchmarks(settings, run)
         models = trained_models(settings, run)
         releases = released_models(settings, run, models)
         evaluations = scores(settings, run, models.get("teacher"), releases)
@@ -130,6 +132,7 @@ def publish(
     settings = load_config(config, overrides or [])
     with tracked_flow(settings, "publish") as run:
         with finished_stages_only():
+            prepare_benchmarks(settings, run)
             models = trained_models(settings, run)
             releases = released_models(settings, run, models)
             evaluations = scores(settings, run, models.get("teacher"), releases)

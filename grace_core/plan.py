@@ -42,7 +42,7 @@ def planned_stages(config: GraceConfig, goal: Goal) -> list[str]:
         "quantize": [*world, "data", *teacher, *outputs, *students],
     }
     ways["release"] = ways["quantize"] + releases
-    ways["evaluate"] = [*ways["release"], *rows, "report"]
+    ways["evaluate"] = ["benchmarks", *ways["release"], *rows, "report"]
     ways["publish"] = [*ways["evaluate"], "publish"]
     return ways[goal]
 
@@ -85,8 +85,9 @@ def _same_work(config: GraceConfig, artifact: Artifact) -> bool:
     if stage in ("world", "data"):
         source = config.data.source.model_dump(mode="json")
         return source.items() <= (recorded if stage == "world" else recorded["source"]).items()
-    if stage.startswith("evaluate-"):
-        names = ("benchmarks", "items", "max_new_tokens", "engine")
+    if stage == "benchmarks" or stage.startswith("evaluate-"):
+        names = ["benchmarks", "items"]
+        names += ["prompt"] if stage == "benchmarks" else ["max_new_tokens", "engine"]
         wanted = config.evaluation.model_dump(mode="json")
         before = artifact.manifest.run_config.get("evaluation", {})
         return all(before.get(name) == wanted[name] for name in names)

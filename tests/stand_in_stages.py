@@ -40,12 +40,16 @@ class StandIns:
     def functions(self) -> dict[str, Any]:
         """What stands in, by the names in `grace_core.stages`."""
         names = (
-            *("generate_world", "prepare_data", "fit_teacher", "record_teacher"),
+            *("prepare_benchmarks", "generate_world", "prepare_data"),
+            *("fit_teacher", "record_teacher"),
             *("distill", "quantize"),
             *("release", "evaluate", "report"),
             *("publish", "find_publication"),
         )
         return {name: getattr(self, name) for name in names}
+
+    def prepare_benchmarks(self, config: GraceConfig, context: StageContext) -> Artifact:
+        return self._once(config, context, "benchmarks", {}, {})
 
     def generate_world(self, config: GraceConfig, context: StageContext) -> Artifact:
         section = config.data.source.model_dump(mode="json")
@@ -108,7 +112,7 @@ class StandIns:
     ) -> Artifact:
         sources = {"teacher": config.models.teacher, "baseline": config.models.student}
         parent = model.as_parent() if model else checkpoint(sources[label].path)
-        benchmarks = self._once(config, context, "benchmarks", {}, {})
+        benchmarks = self.prepare_benchmarks(config, context)
         return self._once(
             config,
             context,

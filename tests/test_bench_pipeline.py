@@ -28,7 +28,7 @@ def meter(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> StageMeter:
 
 def test_every_stage_is_noted_once_in_order(meter: StageMeter) -> None:
     assert [cost.stage for cost in meter.costs] == [
-        *("world", "data", "bf16", "w8", "w4"),
+        *("benchmarks", "world", "data", "bf16", "w8", "w4"),
         *("release-bf16", "release-w8", "release-w4"),
         *("evaluate-teacher", "evaluate-baseline"),
         *("evaluate-bf16", "evaluate-w8", "evaluate-w4"),

@@ -115,6 +115,21 @@ def test_a_damaged_pack_is_noticed(prepare: Prepare, tmp_path: Path) -> None:
         verify_artifact(made)
 
 
+def test_a_picture_that_nobody_can_decode_is_said_before_a_model_is_asked(
+    prepare: Prepare, tmp_path: Path
+) -> None:
+    folder, _ = write_benchmark(tmp_path, seed=1, choice_count=6, yesno_count=1)
+    row = json.loads((folder / "items.jsonl").read_text().splitlines()[4])
+    picture = folder / row["image"]
+    whole = picture.read_bytes()
+    picture.write_bytes(whole[: len(whole) // 2])  # its header is sound
+    with pytest.raises(GraceError, match="1 of 6 pictures") as caught:
+        prepare(chosen(folder))
+    assert f"toy-choice, item {row['id']!r}: " in str(caught.value)
+    picture.write_bytes(whole)
+    assert prepare(chosen(folder)).manifest.metrics["toy-choice/pictures"] == 6
+
+
 def test_what_is_not_there_is_said_before_anything_is_made(
     prepare: Prepare, tmp_path: Path
 ) -> None:

@@ -360,7 +360,7 @@ def test_run_runs_every_stage_once_and_shows_the_results(
 ) -> None:
     code, out, err = cli("run", TOY, *to, "--set", FIT)
     assert (code, err) == (0, "")
-    expected = ["world", "data", "teacher", "bf16", "w8", "w4"]
+    expected = ["benchmarks", "world", "data", "teacher", "bf16", "w8", "w4"]
     expected += [f"release-{label}" for label in ("bf16", "w8", "w4")]
     expected += [f"evaluate-{label}" for label in ("teacher", "baseline", "bf16", "w8", "w4")]
     assert stages.made == [*expected, "report", "publish"]
@@ -378,7 +378,7 @@ def test_run_again_keeps_everything(cli: Cli, stages: Scored, to: tuple[str, str
     code, out, _ = cli("run", TOY, *to)
     assert (code, stages.made) == (0, [])
     assert "done  " not in out
-    assert out.count("kept  ") == 15  # as many as are made above, but no teacher
+    assert out.count("kept  ") == 16  # as many as are made above, but no teacher
 
 
 @pytest.mark.parametrize(

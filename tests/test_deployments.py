@@ -277,10 +277,10 @@ CustomWebhookNotificationBlock(
     message = Receiver.messages[0]
     assert all(other == message for other in Receiver.messages)
     assert message["subject"] == "grace-publish: Failed"
-    for part in ("Last stage: world", "stage world is not done", failed["name"], run):
+    for part in ("Last stage: benchmarks", "stage benchmarks is not done", failed["name"], run):
         assert part in message["body"]
     report = stand_ins.artifact(run, "failure")
-    assert "Stage world failed" in report
+    assert "Stage benchmarks failed" in report
     (command,) = [line for line in report.splitlines() if line.startswith("prefect ")]
     words = shlex.split(command)
     assert words[:4] == ["prefect", "deployment", "run", "grace-publish/publish"]

@@ -45,8 +45,9 @@ from tests.stand_in_stages import StandIns
 
 ROOT = Path(__file__).resolve().parent.parent
 ALL_STAGES = [
-    *("world", "data", "bf16", "w8", "w4", "release-bf16", "release-w8", "release-w4"),
-    *("benchmarks", "evaluate-teacher", "evaluate-baseline"),
+    *("benchmarks", "world", "data", "bf16", "w8", "w4"),
+    *("release-bf16", "release-w8", "release-w4"),
+    *("evaluate-teacher", "evaluate-baseline"),
     *("evaluate-bf16", "evaluate-w8", "evaluate-w4", "report", "publish"),
 ]
 
@@ -111,7 +112,7 @@ def test_the_whole_chain_then_only_what_changed(
     assert again == published.model_copy(update={"reused": True})
     states = task_states(newest_flow_run().id)
     not_stages = {"examine", "show-report", "gate", "results"}
-    assert states.keys() == set(ALL_STAGES) - {"benchmarks"} | not_stages
+    assert states.keys() == set(ALL_STAGES) | not_stages
     assert {name for name, state in states.items() if state != "Cached"} == not_stages
 
     stages.made.clear()
@@ -171,7 +172,7 @@ def test_one_parent_run_holds_its_stages_and_their_ancestry(
         [experiment], f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
     )
     assert {run.data.tags["grace.stage"] for run in children} == {
-        *("world", "data", "bf16", "w4", "release-bf16", "release-w4"),
+        *("benchmarks", "world", "data", "bf16", "w4", "release-bf16", "release-w4"),
         *("evaluate-teacher", "evaluate-baseline", "evaluate-bf16", "evaluate-w4"),
         *("report", "publish"),
     }
@@ -410,7 +411,7 @@ def test_stage_flows_make_what_they_need(stages: StandIns, overrides: list[str])
 def test_a_fitted_teacher_teaches_and_is_scored(stages: StandIns, overrides: list[str]) -> None:
     fit = "teacher_fit={training: {steps: 2, row_tokens: 1024, rows_per_step: 4}}"
     rows = evaluate("configs/toy.yaml", [*overrides, fit, "quantize.variants=[w4]"])
-    assert stages.made[:4] == ["world", "data", "teacher", "bf16"]
+    assert stages.made[:5] == ["benchmarks", "world", "data", "teacher", "bf16"]
     assert rows["teacher"].artifact().manifest.parents["model"].kind == "teacher"
 
 
@@ -462,7 +463,7 @@ def test_publishing_trains_nothing_and_records_whether_anybody_was_asked(
     stages: StandIns, overrides: list[str]
 ) -> None:
     overrides = [*overrides, "quantize.variants=[w4]"]
-    with pytest.raises(GraceError, match="stage world is not done"):
+    with pytest.raises(GraceError, match="stage benchmarks is not done"):
         publish("configs/toy.yaml", overrides, ask=False)
     assert stages.made == []
     grace("configs/toy.yaml", overrides, publish=False)

@@ -115,7 +115,7 @@ def test_the_way_to_each_goal(tmp_path: Path) -> None:
     assert planned_stages(config, "data") == ["world", "data"]
     assert planned_stages(config, "distill") == ["world", "data", "teacher", "bf16"]
     assert planned_stages(config, "publish") == [
-        *("world", "data", "teacher", "bf16", "w4", "release-bf16", "release-w4"),
+        *("benchmarks", "world", "data", "teacher", "bf16", "w4", "release-bf16", "release-w4"),
         *("evaluate-teacher", "evaluate-baseline", "evaluate-bf16", "evaluate-w4"),
         *("report", "publish"),
     ]

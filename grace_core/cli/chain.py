@@ -49,6 +49,11 @@ class Chain:
             self._once("world", lambda: stages.generate_world(self.config, self._context))
         return self._once("data", lambda: stages.prepare_data(self.config, self._context))
 
+    def benchmarks(self) -> Artifact:
+        return self._once(
+            "benchmarks", lambda: stages.prepare_benchmarks(self.config, self._context)
+        )
+
     def teacher(self) -> Artifact:
         """The fitted teacher, where the configuration has section `teacher_fit`."""
         data = self.data()
@@ -82,7 +87,11 @@ class Chain:
         return {label: self._release(label, model) for label, model in self.students().items()}
 
     def evaluations(self) -> dict[str, Artifact]:
-        """By label of the results table's row."""
+        """By label of the results table's row.
+
+        The benchmarks are asked for first, so that what is wrong with them costs no training.
+        """
+        self.benchmarks()
         releases = self.releases()
         rows = {"teacher": self._fitted_teacher(), "baseline": None, **releases}
         return {label: self._evaluation(label, model) for label, model in rows.items()}
@@ -95,7 +104,7 @@ class Chain:
     def publication(
         self, approval: Approval | None = None, access: HubAccess = FROM_ENVIRONMENT
     ) -> Artifact:
-        releases, evaluations = self.releases(), self.evaluations()
+        evaluations, releases = self.evaluations(), self.releases()
         self.report()
         return self._once(
             "publish",

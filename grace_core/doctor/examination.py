@@ -20,7 +20,7 @@ from grace_core.doctor.slurm import check_slurm
 from grace_core.doctor.versions import check_versions
 from grace_core.plan import Goal, planned_stages
 
-_COMPUTES_NOTHING = ("world", "data", "report", "publish")
+_COMPUTES_NOTHING = ("benchmarks", "world", "data", "report", "publish")
 
 
 def examine(config: GraceConfig, goal: Goal = "publish") -> list[Finding]:

@@ -1,8 +1,14 @@
-"""Stage `benchmarks`: the questions that every model of a run is asked, read and packed once."""
+"""Stage `benchmarks`: the questions that every model of a run is asked, read and packed once.
+
+It comes before all training, so that a wrong column or a picture that nobody can decode is known
+while it costs nothing yet.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -11,8 +17,10 @@ from grace_core.artifacts import Artifact, ArtifactWriter, Parent, fingerprint
 from grace_core.config.evaluation import ChosenBenchmark, Evaluation
 from grace_core.config.tree import GraceConfig
 from grace_core.data.listing import listing_digest
+from grace_core.data.sharegpt4v import UnusableRecord
 from grace_core.errors import GraceError
 from grace_core.evaluation.benchmarks import find_benchmark
+from grace_core.evaluation.items import Item, Picture
 from grace_core.evaluation.loading.place import (
     Place,
     Wanted,
@@ -24,11 +32,15 @@ from grace_core.evaluation.loading.prepared import PicturePack, write_items
 from grace_core.evaluation.loading.rows import load_items
 from grace_core.evaluation.loading.wanted import wanted
 from grace_core.evaluation.prompts import STYLES
-from grace_core.stages.once import StageContext, once
+from grace_core.stages.once import StageContext, once, progress
 from grace_core.toy.world import write_benchmark
 
 BENCHMARK_SEED = 1
 """The toy benchmarks are the same for every run, whatever the run's own seed."""
+
+_MOST_THREADS = 8
+_REPORTED = 100  # pictures between two reports
+_SHOWN = 10  # pictures that cannot be decoded, of a list
 
 
 def prepare_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
@@ -36,6 +48,9 @@ def prepare_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
 
     A benchmark of the Hub is known by the commit that its revision is at, one on this machine by
     the names, sizes and times of its files; what was read from it, by content.
+
+    Raises GraceError where rows do not fit the benchmark or a picture cannot be decoded: without an
+    answer to every item a benchmark has no number.
     """
     settings = config.evaluation
     section: dict[str, Any] = {
@@ -55,8 +70,10 @@ def prepare_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
                 write_benchmark(Path(made), seed=BENCHMARK_SEED)
             # All are found and downloaded before the first is read.
             places = {each: _locate(each, Path(made)) for each in settings.benchmarks}
-            for each, place in places.items():
-                _pack(each, place, settings, writer)
+            packed: dict[str, list[Item]] = {
+                each.name: _pack(each, place, settings, writer) for each, place in places.items()
+            }
+        _open_pictures(packed, context)
 
     return once(config, context, "benchmarks", section, parents, make)
 
@@ -74,7 +91,7 @@ def _locate(chosen: ChosenBenchmark, generated: Path) -> Place:
 
 def _pack(
     chosen: ChosenBenchmark, place: Place, settings: Evaluation, writer: ArtifactWriter
-) -> None:
+) -> list[Item]:
     folder = writer.path / chosen.name
     folder.mkdir()
     with PicturePack(folder) as pack:
@@ -94,6 +111,42 @@ def _pack(
         "prompt": chosen.prompt or settings.prompt,
     }
     writer.facts[chosen.name] = dict(known)
+    return items
+
+
+def _open_pictures(packed: Mapping[str, list[Item]], context: StageContext) -> None:
+    """Decode every packed picture once. Raises GraceError naming those that cannot be."""
+    pictures = {
+        picture.key: (f"{name}, item {item.id!r}", picture)
+        for name, items in packed.items()
+        for item in items
+        for picture in item.question.pictures
+    }
+
+    def problem_of(place: tuple[str, Picture]) -> str | None:
+        where, picture = place
+        try:
+            picture.open()
+        except UnusableRecord as error:
+            return f"{where}: {error}"
+        return None
+
+    problems: list[str] = []
+    threads = min(_MOST_THREADS, len(os.sched_getaffinity(0)))
+    with ThreadPoolExecutor(threads, thread_name_prefix="pictures") as pool:
+        for done, problem in enumerate(pool.map(problem_of, pictures.values()), start=1):
+            if problem is not None:
+                problems.append(problem)
+            if done % _REPORTED == 0 or done == len(pictures):
+                values = {"done": float(done), "total": float(len(pictures))}
+                context.on_event(progress("benchmarks", done, values))
+    if problems:
+        shown = "\n  ".join([*problems[:_SHOWN], *(["..."] if len(problems) > _SHOWN else [])])
+        raise GraceError(
+            f"{len(problems)} of {len(pictures)} pictures of the benchmarks cannot be decoded, and "
+            "without an answer to every item a benchmark has no number; mend or download the "
+            f"files again, or leave the benchmark out of evaluation.benchmarks:\n  {shown}"
+        )
 
 
 def _source_parent(chosen: ChosenBenchmark, run_dir: Path) -> Parent:

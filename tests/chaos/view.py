@@ -15,7 +15,8 @@ START = "start"
 """From the start of the flow's process to its first stage."""
 
 STAGES = (
-    *(START, "world", "data", "bf16", "w8", "w4", "release-bf16", "release-w8", "release-w4"),
+    *(START, "benchmarks", "world", "data", "bf16", "w8", "w4"),
+    *("release-bf16", "release-w8", "release-w4"),
     *("evaluate-teacher", "evaluate-baseline", "evaluate-bf16", "evaluate-w8", "evaluate-w4"),
     *("report", "publish"),
 )
