@@ -12,13 +12,17 @@ import pyarrow.parquet as pq
 import pytest
 from huggingface_hub import constants
 
+from grace_core.artifacts import Artifact
 from grace_core.errors import GraceError
 from grace_core.evaluation.benchmarks import find_benchmark
 from grace_core.evaluation.items import Item
 from grace_core.evaluation.loading.data_files import files_of_split, read_front_matter
 from grace_core.evaluation.loading.place import Wanted, locate, resolve_revision
 from grace_core.evaluation.loading.rows import load_items
+from grace_core.stages import StageContext
+from grace_core.stages.benchmarks import prepare_benchmarks
 from tests.benchmark_rows import BLUE, PICTURE, RED, ROWS, SCHEMAS, cell
+from tests.findings import toy
 from tests.hub_server import Blob, Hub, Repository, running_hub
 
 TOKEN = "hf_NeverToBeSeenAnywhere"
@@ -164,6 +168,37 @@ def test_a_revision_stays_what_it_was(hub: Hub) -> None:
     assert resolve_revision("me/rows", None) == resolve_revision("me/rows", "main") == new
     assert len(load("mmstar", repository="me/rows")) == 2
     assert len(load("mmstar", repository="me/rows", revision=old)) == 1
+
+
+def test_a_run_keeps_to_the_commit_that_it_took_first(hub: Hub, tmp_path: Path) -> None:
+    """A data set is edited between the evaluation and the approval."""
+
+    def prepared(run: str, *, finished_only: bool = False) -> Artifact:
+        resolve_revision.cache_clear()  # as in a process of its own
+        config = toy("evaluation.benchmarks=[mmstar]", f"run_dir={tmp_path / run}")
+        return prepare_benchmarks(config, StageContext(finished_only=finished_only))
+
+    files = {
+        "README.md": card(("val", {"val": "val-*"})),
+        "val-00000-of-00001.parquet": parquet("mmstar", *ROWS["mmstar"]),
+    }
+    old = offer(hub, "Lin-Chen/MMStar", files)
+    with pytest.raises(GraceError, match="stage benchmarks is not done"):
+        prepared("run", finished_only=True)
+    assert not hub.requests
+    made = prepared("run")
+    edited = Blob(files["README.md"].content + b", for you", large=False)
+    new = offer(hub, "Lin-Chen/MMStar", {**files, "README.md": edited})
+    asked = len(hub.requests)
+    assert prepared("run", finished_only=True).path == made.path
+    assert prepared("run").path == made.path
+    assert len(hub.requests) == asked
+    commits = [
+        parent.revision
+        for artifact in (made, prepared("another"))
+        for parent in artifact.manifest.parents.values()
+    ]
+    assert commits == [old, new]
 
 
 def test_what_is_downloaded_is_found_without_a_connection(

@@ -6,9 +6,11 @@ while it costs nothing yet.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,6 +27,7 @@ from grace_core.evaluation.loading.place import (
     Place,
     Wanted,
     declared_source,
+    is_commit,
     locate,
     resolve_revision,
 )
@@ -32,11 +35,17 @@ from grace_core.evaluation.loading.prepared import PicturePack, write_items
 from grace_core.evaluation.loading.rows import load_items
 from grace_core.evaluation.loading.wanted import wanted
 from grace_core.evaluation.prompts import STYLES
+from grace_core.locks import sole_maker
 from grace_core.stages.once import StageContext, once, progress
 from grace_core.toy.world import write_benchmark
+from grace_core.whole_files import write_whole
 
 BENCHMARK_SEED = 1
 """The toy benchmarks are the same for every run, whatever the run's own seed."""
+
+COMMITS_FILE = "benchmark-commits.json"
+"""In run_dir: the commits of data sets that are not pinned, as they were first found. So one that
+is edited while a run trains, or before its approval, is the same one to all of it."""
 
 _MOST_THREADS = 8
 _REPORTED = 100  # pictures between two reports
@@ -46,8 +55,9 @@ _SHOWN = 10  # pictures that cannot be decoded, of a list
 def prepare_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
     """Stage `benchmarks`: a folder for each benchmark, to be read by `read_items`.
 
-    A benchmark of the Hub is known by the commit that its revision is at, one on this machine by
-    the names, sizes and times of its files; what was read from it, by content.
+    A benchmark of the Hub is known by the commit that its revision was at when this run folder
+    first asked, one on this machine by the names, sizes and times of its files; what was read from
+    it, by content.
 
     Raises GraceError where rows do not fit the benchmark or a picture cannot be decoded: without an
     answer to every item a benchmark has no number.
@@ -58,10 +68,14 @@ def prepare_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
         "prompts": {each.name: each.prompt or settings.prompt for each in settings.benchmarks},
         "seed": BENCHMARK_SEED,
     }
-    parents = {
-        f"source-{each.name}": _source_parent(each, config.run_dir)
+    asked = {
+        each: _at_commit(each, config.run_dir, context)
         for each in settings.benchmarks
         if not _is_generated(each)
+    }
+    parents = {
+        f"source-{each.name}": _source_parent(each, place, config.run_dir)
+        for each, place in asked.items()
     }
 
     def make(writer: ArtifactWriter) -> None:
@@ -69,7 +83,13 @@ def prepare_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
             if any(map(_is_generated, settings.benchmarks)):
                 write_benchmark(Path(made), seed=BENCHMARK_SEED)
             # All are found and downloaded before the first is read.
-            places = {each: _locate(each, Path(made)) for each in settings.benchmarks}
+            places = {
+                each: locate(
+                    find_benchmark(each.name),
+                    asked.get(each) or Wanted(path=Path(made) / each.name),
+                )
+                for each in settings.benchmarks
+            }
             packed: dict[str, list[Item]] = {
                 each.name: _pack(each, place, settings, writer) for each, place in places.items()
             }
@@ -84,9 +104,36 @@ def _is_generated(chosen: ChosenBenchmark) -> bool:
     return declared.source is None and chosen.path is None and chosen.repository is None
 
 
-def _locate(chosen: ChosenBenchmark, generated: Path) -> Place:
-    asked = Wanted(path=generated / chosen.name) if _is_generated(chosen) else wanted(chosen)
-    return locate(find_benchmark(chosen.name), asked)
+def _at_commit(chosen: ChosenBenchmark, run_dir: Path, context: StageContext) -> Wanted:
+    """What is asked for, with the commit at which this run reads a data set of the Hub."""
+    asked = wanted(chosen)
+    if asked.path is not None or is_commit(asked.revision):
+        return asked
+    repository = declared_source(find_benchmark(chosen.name), asked).repository
+    file, key = run_dir / COMMITS_FILE, f"{repository}@{asked.revision or 'main'}"
+    known = _commits(file)
+    if key not in known:
+        if context.finished_only:
+            raise GraceError(
+                f"stage benchmarks is not done for this configuration: {file} has no commit of "
+                f"{key}; run `grace evaluate CONFIG` with the same settings, or the deployment "
+                "grace-evaluate/evaluate, and then this again"
+            )
+        with sole_maker(file):
+            known = {key: resolve_revision(repository, asked.revision), **_commits(file)}
+            write_whole(file, json.dumps(known, indent=1) + "\n")
+    return replace(asked, revision=known[key])
+
+
+def _commits(file: Path) -> dict[str, str]:
+    if not file.exists():
+        return {}
+    try:
+        return {str(name): str(commit) for name, commit in json.loads(file.read_text()).items()}
+    except (ValueError, AttributeError) as error:
+        raise GraceError(
+            f"{file} is damaged ({error}); remove it, and the newest commits are read"
+        ) from error
 
 
 def _pack(
@@ -149,18 +196,16 @@ def _open_pictures(packed: Mapping[str, list[Item]], context: StageContext) -> N
         )
 
 
-def _source_parent(chosen: ChosenBenchmark, run_dir: Path) -> Parent:
-    declared, asked = find_benchmark(chosen.name), wanted(chosen)
+def _source_parent(chosen: ChosenBenchmark, asked: Wanted, run_dir: Path) -> Parent:
     what = {"config": chosen.config, "split": chosen.split}
     if asked.path is None:
-        source = declared_source(declared, asked)
-        commit = resolve_revision(source.repository, asked.revision)
+        source = declared_source(find_benchmark(chosen.name), asked)
         what |= {"repository": source.repository, "config": source.config, "split": source.split}
         return Parent(
             kind="benchmark",
             path=source.repository,
-            digest=fingerprint("benchmark", {**what, "revision": commit}, {}),
-            revision=commit,
+            digest=fingerprint("benchmark", {**what, "revision": asked.revision}, {}),
+            revision=asked.revision,
         )
     if not asked.path.exists():
         raise GraceError(f"{chosen.name}: {asked.path} does not exist; mend its `path`")

@@ -97,13 +97,18 @@ def declared_source(benchmark: Benchmark, wanted: Wanted) -> Source:
     )
 
 
+def is_commit(revision: str | None) -> bool:
+    """Whether it is a commit already, so that nobody need be asked."""
+    return revision is not None and _COMMIT.fullmatch(revision) is not None
+
+
 @cache
 def resolve_revision(repository: str, revision: str | None) -> str:
     """The commit that a branch or a tag of a data set is at; asked once a process.
 
     Without a connection, that of the newest download. Raises GraceError where neither tells.
     """
-    if revision is not None and _COMMIT.fullmatch(revision):
+    if revision is not None and is_commit(revision):
         return revision
     # Downloads the card, which leaves a note in the cache of where the branch was.
     return _downloaded(repository, revision, [_CARD]).name
