@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -10,6 +11,7 @@ from typing import Literal
 import pytest
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
+from packaging.requirements import Requirement
 
 from grace_core.errors import GraceError
 from grace_core.export.card import eval_results_files, model_card, release_manifest
@@ -22,10 +24,12 @@ from grace_core.export.card_facts import (
     Results,
     ZooEntry,
 )
+from grace_core.export.card_loading import REQUIREMENTS
 from grace_core.lineage.graph import Edge, Lineage, Node
 from grace_core.lineage.published import PublishedManifest
 from tests.test_evaluation_score import BENCHMARKS, PUBLISHED, published_table
 
+ROOT = Path(__file__).resolve().parent.parent
 OWNER = "grace-lab"
 NAMES: dict[Precision, str] = {
     "bf16": f"{OWNER}/Qwen3-VL-2B-GRACE-BF16",
@@ -56,6 +60,8 @@ def release(
         ],
         training={"Optimizer steps": 1000, "Learning rate": 1e-5, "ZeRO stage": "2 | 3"},
         files=["model.safetensors", "config.json"],
+        parameters=2_127_532_032,
+        size=4_255_140_312,
         lineage=lineage_of_release(f"release-{precision}"),
         quantization=Quantization(bits[precision], 128, 196) if quantized else None,
     )
@@ -85,6 +91,11 @@ def results(precision: Precision) -> Results:
         },
         date="2026-11-24T12:00:00+00:00",
     )
+
+
+def code_of(card: str) -> list[str]:
+    """Its blocks of Python."""
+    return [block.split("```")[0] for block in card.split("```python\n")[1:]]
 
 
 @pytest.mark.parametrize("precision", ["bf16", "w8", "w4"])
@@ -152,8 +163,24 @@ def test_the_loading_code_is_safe_and_complete() -> None:
     text = card_of("w4")
     assert "trust_remote_code" not in text
     assert f'source = "{NAMES["w4"]}"' in text
-    for block in text.split("```python\n")[1:]:
-        compile(block.split("```")[0], "card", "exec")
+    for block in code_of(text):
+        compile(block, "card", "exec")
+    assert f"grace chat {NAMES['w4']}" in text and "grace chat" not in card_of("bf16")
+
+
+def test_what_the_code_needs_is_what_the_project_was_tested_with() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    tested = {one.name: one.specifier for one in map(Requirement, project["dependencies"])}
+    for form, needed in REQUIREMENTS.items():
+        for one in map(Requirement, needed):
+            for least in one.specifier:
+                assert least in set(tested[one.name]), f"{form}: {one}"
+    assert "transformers>=5.17" in card_of("bf16")
+
+
+def test_size_and_parameters_stand_in_the_details() -> None:
+    text = card_of("bf16")
+    assert "| Parameters | 2.13 B |" in text and "| Weight files | 4.26 GB |" in text
 
 
 def test_data_that_is_not_for_commerce_is_pointed_out() -> None:

@@ -8,6 +8,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 from typing import Any
 
 import pytest
@@ -15,57 +16,44 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
+from grace_core.export.card_loading import loading
 from grace_core.export.compressed import COMPRESSED
 from grace_core.export.release import export_bf16, export_packed
 from grace_core.models.loading import load_image_processor, load_tokenizer
 from grace_core.quantization.checkpoint import load_scales
 from grace_core.quantization.convert import convert_with_scales
 from tests.qat_models import trained
+from tests.test_publish_card import code_of, release
 from tests.tiny_models import FAMILIES, save_tiny
 
-ALONE = """
+WITH_PROCESSOR, WITHOUT, _ = code_of(loading(release("w4")))
+SOURCE = f'source = "{release("w4").repository}"'
+"""The line of the card's code that says which release."""
+
+_LOADS = WITH_PROCESSOR.partition("processor =")[0].replace(SOURCE, "") + WITHOUT
+
+ALONE = f"""
 import sys
 sys.modules["grace_core"] = None
 import hashlib, json
-import torch
 from PIL import Image
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 def digest(tensor):
     return hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 for source in sys.argv[1:]:
-    model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16)
-    tokenizer = AutoTokenizer.from_pretrained(source)
-    image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-
-    turns = [{"role": "user", "content": "What is two plus two?"}]
+{indent(_LOADS, "    ")}
+    turns = [{{"role": "user", "content": "What is two plus two?"}}]
     ids = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     with torch.no_grad():
         logits = model(input_ids=torch.tensor([ids])).logits
         answer = model.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)
     picture = Image.linear_gradient("L").convert("RGB").resize((64, 64))
     pixels = image_processor(images=[picture], return_tensors="pt")["pixel_values"]
-    print(json.dumps({
+    print(json.dumps({{
         "ids": ids, "logits": digest(logits), "pixels": digest(pixels.float()),
         "answer": tokenizer.decode(answer[0, len(ids):]), "dtype": str(model.dtype),
-    }))
-"""
-
-PROCESSOR = """
-import sys
-sys.modules["grace_core"] = None
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-model = AutoModelForImageTextToText.from_pretrained(sys.argv[1], dtype=torch.bfloat16)
-processor = AutoProcessor.from_pretrained(sys.argv[1])
-picture = Image.linear_gradient("L").convert("RGB")
-content = [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
-inputs = processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True,
-    add_generation_prompt=True, return_dict=True, return_tensors="pt")
-print(processor.batch_decode(model.generate(**inputs, max_new_tokens=4), skip_special_tokens=True))
+    }}))
 """
 
 
@@ -148,5 +136,8 @@ def test_three_lines_of_transformers(
     "does not load",
 )
 def test_the_lines_with_a_processor(tmp_path: Path) -> None:
-    _, release = _released(tmp_path, "qwen3_vl", 4)
-    assert _alone(PROCESSOR, release)[-1].startswith("[")
+    _, folder = _released(tmp_path, "qwen3_vl", 4)
+    Image.linear_gradient("L").convert("RGB").save(folder / "picture.png")
+    assert SOURCE in WITH_PROCESSOR
+    program = WITH_PROCESSOR.replace(SOURCE, "import sys; source = sys.argv[1]")
+    _alone(program.replace("max_new_tokens=64", "max_new_tokens=4"), folder)

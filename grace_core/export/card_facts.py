@@ -112,6 +112,12 @@ class Release:
     """Setting -> value, listed as they are."""
 
     files: Sequence[str]
+    parameters: int
+    """Packed ones counted one by one; a head that is the embeddings is not counted twice."""
+
+    size: int
+    """Bytes of the files that hold the weights."""
+
     lineage: Lineage
     """Its published form, with this release as the one model asked for."""
 

@@ -14,6 +14,7 @@ from grace_core.export.card_facts import (
     Results,
     ZooEntry,
 )
+from grace_core.export.card_loading import loading
 from grace_core.lineage.text import plain_tree
 
 CITATION = f"""@article{{chen2026gated,
@@ -40,7 +41,7 @@ def body(release: Release, results: Results) -> str:
         _training(release),
         *([_quantization(release, release.quantization)] if release.quantization else []),
         "## Files\n\n" + "\n".join(f"- `{name}`" for name in sorted(release.files)),
-        _loading(release),
+        loading(release),
         _limitations(release),
         _licence(release),
         _lineage(release),
@@ -63,6 +64,8 @@ def _introduction(release: Release) -> str:
         "Teacher": release.teacher,
         "Training framework": f"GRACE ([arXiv {ARXIV}](https://arxiv.org/abs/{ARXIV}))",
         "Precision": _PRECISION[release.precision],
+        "Parameters": _in_short(release.parameters),
+        "Weight files": _in_bytes(release.size),
         "Training data": release.dataset,
         "Evaluation protocol": "greedy answers to LLaVA-style prompts, scored by each benchmark's "
         "own rule",
@@ -75,6 +78,14 @@ def _introduction(release: Release) -> str:
         f"{', '.join(AUTHORS[:-1])} and {AUTHORS[-1]} ({VENUE}).\n\n"
         f"## Model details\n\n{_two_columns(rows)}"
     )
+
+
+def _in_short(count: int) -> str:
+    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+
+
+def _in_bytes(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _results(release: Release, results: Results) -> str:
@@ -154,67 +165,6 @@ def _quantization(release: Release, quantization: Quantization) -> str:
         "- Embeddings, output head, norms, vision tower and its connector stay BF16.\n"
         f"- {stored}"
     )
-
-
-def _loading(release: Release) -> str:
-    needs = {
-        "safetensors": "transformers",
-        "compressed-tensors": "transformers compressed-tensors",
-        "awq": "transformers gptqmodel",
-    }[release.form]
-    return f"""## Loading
-
-### transformers
-
-`pip install {needs}` is enough; no code comes with the weights. Where torchvision is installed,
-`AutoProcessor` stands in for the tokenizer and the image processor below.
-
-```python
-import torch
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
-
-source = "{release.repository}"
-model = AutoModelForImageTextToText.from_pretrained(source, dtype=torch.bfloat16)
-tokenizer = AutoTokenizer.from_pretrained(source)
-image_processor = AutoImageProcessor.from_pretrained(source, backend="pil")
-```
-
-With `AutoProcessor`, an answer takes four lines more:
-
-```python
-from transformers import AutoProcessor
-
-processor = AutoProcessor.from_pretrained(source)
-content = [{{"type": "image", "path": "picture.png"}}, {{"type": "text", "text": "What is this?"}}]
-inputs = processor.apply_chat_template([{{"role": "user", "content": content}}], tokenize=True,
-    add_generation_prompt=True, return_dict=True, return_tensors="pt")
-print(processor.batch_decode(model.generate(**inputs, max_new_tokens=64), skip_special_tokens=True))
-```
-
-### vLLM
-
-{_of_vllm(release)}
-
-```bash
-vllm serve {release.repository} --max-model-len 8192
-```
-
-```python
-from vllm import LLM, SamplingParams
-
-llm = LLM("{release.repository}", max_model_len=8192)
-picture = {{"type": "image_url", "image_url": {{"url": "https://example.com/picture.png"}}}}
-question = {{"type": "text", "text": "What is this?"}}
-messages = [{{"role": "user", "content": [picture, question]}}]
-print(llm.chat(messages, SamplingParams(temperature=0, max_tokens=64))[0].outputs[0].text)
-```"""
-
-
-def _of_vllm(release: Release) -> str:
-    if release.quantization is None:
-        return "It loads as any BF16 checkpoint of its backbone."
-    form = "`pack-quantized`" if release.form == "compressed-tensors" else "AWQ"
-    return f"vLLM reads {form} from `config.json`, without a setting, and keeps the weights packed."
 
 
 def _limitations(release: Release) -> str:

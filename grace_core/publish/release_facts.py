@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import safe_open
 
 from grace_core.artifacts import Artifact
 from grace_core.config.names import repository_name
@@ -65,6 +69,8 @@ def release_facts(
         zoo=[*_own_zoo(config, releases), *_related(config)],
         training=_settings(section),
         files=[*files, CARD, RELEASE_MANIFEST, PICTURE],
+        parameters=_parameters(folder, artifact.manifest.facts["exactness"]["codes"]),
+        size=sum(file.stat().st_size for file in folder.glob("*.safetensors")),
         lineage=_lineage(config, artifact, evaluation),
         quantization=None
         if precision == "bf16"
@@ -96,6 +102,23 @@ def results_of(label: str, table: ResultsTable, evaluation: Artifact) -> Results
         },
         date=evaluation.manifest.created,
     )
+
+
+_OF_PACKED_LAYERS = (
+    *("weight_packed", "weight_scale", "weight_shape"),  # compressed-tensors
+    *("qweight", "qzeros", "scales"),  # AWQ
+)
+
+
+def _parameters(folder: Path, codes: int) -> int:
+    """Of a release with so many codes in packed layers."""
+    count = codes
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # it is no mapping
+                if not name.endswith(_OF_PACKED_LAYERS):
+                    count += math.prod(tensors.get_slice(name).get_shape())
+    return count
 
 
 def _summary(table: ResultsTable) -> str:
