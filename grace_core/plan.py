@@ -86,8 +86,9 @@ def _same_work(config: GraceConfig, artifact: Artifact) -> bool:
         source = config.data.source.model_dump(mode="json")
         return source.items() <= (recorded if stage == "world" else recorded["source"]).items()
     if stage == "benchmarks" or stage.startswith("evaluate-"):
-        names = ["benchmarks", "items"]
-        names += ["prompt"] if stage == "benchmarks" else ["max_new_tokens", "engine"]
+        names = ["benchmarks", "items", "prompt"]
+        if stage != "benchmarks":
+            names += ["min_pixels", "max_pixels", "max_new_tokens", "engine"]
         wanted = config.evaluation.model_dump(mode="json")
         before = artifact.manifest.run_config.get("evaluation", {})
         return all(before.get(name) == wanted[name] for name in names)

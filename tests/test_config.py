@@ -207,6 +207,14 @@ def test_a_wrong_value_is_named_with_its_remedy(path: str, value: Any, said: str
 
 COMBINATIONS = [
     ("data.min_pixels", {"data.min_pixels": 900, "data.max_pixels": 800}),
+    (
+        "evaluation.min_pixels (900) is above",
+        {"evaluation.min_pixels": 900, "evaluation.max_pixels": 800},
+    ),
+    (
+        "evaluation.max_pixels: vLLM",
+        {"evaluation.engine": "vllm", "evaluation.max_pixels": 800},
+    ),
     ("data.source.annotations", {"data.source.annotations": ["a.json", "a.json"]}),
     ("quantize.variants", {"quantize.variants": ["w4", "w8", "w4"]}),
     ("evaluation.benchmarks", {"evaluation.benchmarks": ["toy-yesno"] * 2}),

@@ -49,7 +49,13 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     right = {"teacher": 40, "baseline": 20, "bf16": 36, "w8": 35, "w4": 33}
     sizes = {"teacher": 16e9, "baseline": 4e9, "bf16": 4e9, "w8": 2.8e9, "w4": 2.1e9}
     places = [
-        write_recorded(folder / label, label, answers(count), model_bytes=int(sizes[label]))
+        write_recorded(
+            folder / label,
+            label,
+            answers(count),
+            model_bytes=int(sizes[label]),
+            pixels=[784, 90_000 if label == "teacher" else 200_704],
+        )
         for label, count in right.items()
     ]
     lines = folder / "w4" / "predictions" / "toy-choice.jsonl"
@@ -95,6 +101,7 @@ def test_every_part_is_there(report: Report) -> None:
         assert words in page, words
     assert "GRACE W4G128, average: 82.50 %, 2.50 below the floor of 85" in page
     assert "first &lt;half&gt;" in page, "a category"
+    assert page.count("<td>784 to 200,704</td>") == 4
     assert page.count("<figure") == 2, "retention and size; no speed was recorded"
 
 
@@ -106,9 +113,11 @@ def test_markdown_and_json_say_the_same(report: Report) -> None:
     made = json.loads(files["report.json"])
     assert made["comparison"]["estimates"]["GRACE W4G128"]["average"]["value"] == 82.5
     assert made["gate"]["checks"]
+    assert [model["pixels"][1] for model in made["models"]] == [90_000, *[200_704] * 4]
     markdown = files["report.md"]
     assert files["table.md"].strip() in markdown
     assert "| GRACE W4G128 | 82.5 | 82.5 | 82.5 | +32.5 | 91.7 % |" in files["table.md"]
+    assert "between 784 and 90,000 pixels (Teacher); to between 784 and 200,704" in markdown
     assert "<script" not in markdown and "first &lt;half>" in markdown
     assert report_files(report) == files, "made again, it is the same"
 

@@ -117,6 +117,16 @@ class Evaluation(Section):
     max_new_tokens: PositiveInt | None = Field(
         None, description="tokens of an answer at most; null: as each benchmark declares"
     )
+    min_pixels: PositiveInt | None = Field(
+        None,
+        description="pixels; smaller pictures are enlarged, where the family's pictures differ in "
+        "size; null: as the checkpoint's image processor says",
+    )
+    max_pixels: PositiveInt | None = Field(
+        None,
+        description="pixels; larger pictures are reduced; null: as the checkpoint's image "
+        "processor says, however small data.max_pixels is",
+    )
     engine: Literal["transformers", "vllm"] = Field(
         "transformers", description="what generates answers; vllm must be installed, and has a GPU"
     )

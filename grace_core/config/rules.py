@@ -75,9 +75,21 @@ def _of_stage(rule: StageRule, name: str, config: GraceConfig) -> Iterator[str]:
 
 
 def _pixels_in_order(config: GraceConfig) -> Iterator[str]:
-    low, high = config.data.min_pixels, config.data.max_pixels
-    if low > high:
-        yield f"data.min_pixels ({low}) is above data.max_pixels ({high}); exchange them"
+    for name, section in (("data", config.data), ("evaluation", config.evaluation)):
+        low, high = section.min_pixels, section.max_pixels
+        if low is not None and high is not None and low > high:
+            yield f"{name}.min_pixels ({low}) is above {name}.max_pixels ({high}); exchange them"
+
+
+def _pixels_of_vllm(config: GraceConfig) -> Iterator[str]:
+    evaluation = config.evaluation
+    if evaluation.engine == "vllm":
+        for key in ("min_pixels", "max_pixels"):
+            if getattr(evaluation, key) is not None:
+                yield (
+                    f"evaluation.{key}: vLLM resizes pictures itself, as the checkpoint says; set "
+                    "it to null, or the engine to transformers"
+                )
 
 
 def _annotations_once(config: GraceConfig) -> Iterator[str]:
@@ -288,6 +300,7 @@ StageRule = Callable[["TrainingStage", "GraceConfig"], Iterator[str]]
 
 _RULES: tuple[Rule, ...] = (
     _pixels_in_order,
+    _pixels_of_vllm,
     _annotations_once,
     _variants_once,
     _one_width_to_go_on_with,

@@ -46,6 +46,13 @@ class VisualInputs:
             self.processor.size = size
 
     @property
+    def pixel_limits(self) -> tuple[int, int] | None:
+        """Fewest and most pixels of a resized picture; None where all have one size."""
+        if not self._has_grids:
+            return None
+        return int(self.processor.size["shortest_edge"]), int(self.processor.size["longest_edge"])
+
+    @property
     def _has_grids(self) -> bool:
         return self.family.positions == "multimodal"
 

@@ -90,6 +90,12 @@ def budgets(config: GraceConfig, benchmark: str) -> Mapping[str, int]:
     return {str(kind): most for kind, most in find_benchmark(benchmark).max_new_tokens.items()}
 
 
+def visual_inputs(config: GraceConfig, checkpoint: CheckpointFolder) -> VisualInputs:
+    """How the benchmarks' pictures are resized: as configured, else as the checkpoint says."""
+    limits = config.evaluation
+    return VisualInputs(checkpoint, min_pixels=limits.min_pixels, max_pixels=limits.max_pixels)
+
+
 @dataclass
 class Answering:
     """Asks one model; it is loaded when it is first needed."""
@@ -142,7 +148,7 @@ class Answering:
             self.model,
             self.checkpoint.family,
             tokenizer,
-            VisualInputs(self.checkpoint),
+            visual_inputs(config, self.checkpoint),
             budgets=limits,
             batch_tokens=config.evaluation.batch_tokens,
             threads=max(1, min(_MOST_THREADS, cpus)) if on_gpu else 1,

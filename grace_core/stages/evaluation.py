@@ -14,7 +14,7 @@ from grace_core.evaluation.held_out import held_out_loss
 from grace_core.evaluation.score import score
 from grace_core.models.loading import CheckpointFolder, locate_checkpoint, read_checkpoint
 from grace_core.models.visual_inputs import VisualInputs
-from grace_core.stages.answering import Answering, AskingJob, budgets
+from grace_core.stages.answering import Answering, AskingJob, budgets, visual_inputs
 from grace_core.stages.benchmarks import prepare_benchmarks
 from grace_core.stages.data import prepare_data
 from grace_core.stages.once import (
@@ -52,6 +52,7 @@ def evaluate(
         "benchmarks": list(config.evaluation.names),
         "budgets": {name: budgets(config, name) for name in config.evaluation.names},
         "engine": config.evaluation.engine,
+        "pixels": [config.evaluation.min_pixels, config.evaluation.max_pixels],
     }
     artifact = stage_folder(config, stage, fingerprint(stage, section, parents))
     job = AskingJob(
@@ -103,6 +104,7 @@ def _evaluate(
     summary: dict[str, Any] = {
         "label": label,
         "benchmarks": results,
+        "pixels": visual_inputs(job.config, folder).pixel_limits,
         "model_bytes": sum(file.stat().st_size for file in folder.path.glob("*.safetensors")),
     }
     if data is not None:

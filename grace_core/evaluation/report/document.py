@@ -66,6 +66,7 @@ class Report:
                 "folder": str(model.folder),
                 "digest": None if model.manifest is None else model.manifest.digest,
                 "model_bytes": model.model_bytes,
+                "pixels": model.pixels,
                 "questions_per_second": model.questions_per_second,
                 "hardware": model.hardware,
                 "held_out_loss": model.held_out_loss,

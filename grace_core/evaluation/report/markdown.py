@@ -78,7 +78,19 @@ def _coverage(report: Report) -> str:
         for name, score in model.scores.items()
     ]
     heads = ["Model", "benchmark", "answered", "unreadable", "errors", "missing"]
-    return _table(heads, rows)
+    return "\n\n".join(part for part in (_table(heads, rows), _pixels(report)) if part)
+
+
+def _pixels(report: Report) -> str:
+    by_limits: dict[tuple[int, int], list[str]] = {}
+    for model in report.models:
+        if model.pixels is not None:
+            by_limits.setdefault(model.pixels, []).append(model.key)
+    parts = [
+        f"to between {low:,} and {high:,} pixels ({', '.join(keys)})"
+        for (low, high), keys in by_limits.items()
+    ]
+    return f"Pictures were resized {'; '.join(parts)}." if parts else ""
 
 
 def _categories(report: Report) -> str:

@@ -94,6 +94,7 @@ class _Summary(_Recorded):
     benchmarks: dict[str, ScoreRecord]
     held_out_loss: float | None = None
     model_bytes: int | None = None
+    pixels: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,9 @@ class RecordedModel:
 
     model_bytes: int | None = None
     """Size of the weight files on disk."""
+
+    pixels: tuple[int, int] | None = None
+    """Fewest and most of a picture as the model saw it; None: all of one size, or unknown."""
 
     manifest: Manifest | None = None
     """None where the results lie outside of an artifact."""
@@ -177,6 +181,7 @@ def read_recorded(folder: Path) -> RecordedModel:
         items=items,
         held_out_loss=summary.held_out_loss,
         model_bytes=summary.model_bytes,
+        pixels=summary.pixels,
         manifest=read_artifact(folder).manifest if (folder / MANIFEST).is_file() else None,
     )
 

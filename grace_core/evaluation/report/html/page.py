@@ -100,14 +100,15 @@ def _sources(report: Report) -> str:
     for model in report.models:
         digest = "" if model.manifest is None else model.manifest.digest[:12]
         size = "" if model.model_bytes is None else f"{model.model_bytes / 1e6:,.1f} MB"
+        pixels = "" if model.pixels is None else "{:,} to {:,}".format(*model.pixels)
         speed = model.questions_per_second
         shown = "" if speed is None else f"{speed:,.1f}"
         rows.append(
-            f'<tr><th scope="row">{escape(model.key)}</th><td>{size}</td><td>{shown}</td>'
-            f"<td>{escape(model.hardware)}</td><td><code>{digest}</code></td>"
+            f'<tr><th scope="row">{escape(model.key)}</th><td>{size}</td><td>{pixels}</td>'
+            f"<td>{shown}</td><td>{escape(model.hardware)}</td><td><code>{digest}</code></td>"
             f"<td><code>{escape(str(model.folder))}</code></td></tr>"
         )
-    heads = ["Model", "weights", "questions a second", "on", "digest", "folder"]
+    heads = ["Model", "weights", "pixels a picture", "questions a second", "on", "digest", "folder"]
     return table(heads, rows) + (
         '<p class="soft">Every number is computed from the recorded answers in these folders: '
         f"items (or whole groups, where answers count in groups) are drawn with replacement, the "
