@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -295,6 +297,63 @@ def test_two_writers_do_not_write_at_once(
         patched.setattr("grace_core.publish.hub.now", lambda: later)
         third = publish(hub, release(tmp_path, "3"), owner="second")
     assert published(hub) == third, "a writer without a sign of life is given up"
+
+
+def test_the_lease_is_renewed_while_a_file_is_in_transit(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of files that take longer to send than the lease lasts."""
+    lease = f"POST /api/models/{INDEX_REPOSITORY}/commit/main"
+    stage, renewed = HubRepository.stage, []
+
+    def slow(self: HubRepository, *arguments: Any) -> str:
+        before = hub.requests.count(lease)
+        renewed.append(wait_until(lambda: hub.requests.count(lease) >= before + 2))
+        return stage(self, *arguments)
+
+    monkeypatch.setattr(HubRepository, "stage", slow)
+    renew_often(monkeypatch)
+    index = publish(hub, release(tmp_path, "1"))
+    assert renewed == [True, True]
+    assert published(hub) == index and JOURNAL not in main_of(hub, INDEX_REPOSITORY)
+
+
+def test_a_lease_that_is_lost_while_a_file_is_in_transit_is_told(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = publish(hub, release(tmp_path, "1"))
+    stage = HubRepository.stage
+
+    def slow(self: HubRepository, *arguments: Any) -> str:
+        repository = hub.repositories[INDEX_REPOSITORY]
+        with hub.lock:
+            repository.add_commit({**repository.commits[-1][1], "taken": Blob(b"", False)})
+        threads = [thread for thread in threading.enumerate() if thread.name == "lease"]
+        assert wait_until(lambda: not any(thread.is_alive() for thread in threads))
+        return stage(self, *arguments)
+
+    monkeypatch.setattr(HubRepository, "stage", slow)
+    renew_often(monkeypatch)
+    hub.requests.clear()
+    with pytest.raises(GraceError, match=r"took over|changed while publishing"):
+        publish(hub, release(tmp_path, "2"))
+    assert published(hub) == first
+    assert not [entry for entry in hub.requests if "/commit/staging" in entry], "it ends at once"
+
+
+def renew_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every few milliseconds, as if minutes had gone by: a commit that changes nothing is none."""
+    start, times = now(), itertools.count()
+    monkeypatch.setattr("grace_core.publish.lease.RENEWED_AFTER", timedelta(milliseconds=20))
+    monkeypatch.setattr(
+        "grace_core.publish.lease.now", lambda: start + timedelta(minutes=10 * next(times))
+    )
+
+
+def wait_until(happened: Callable[[], bool]) -> bool:
+    """Whether it happened before anybody would lose patience."""
+    patience = threading.Event()
+    return any(happened() or patience.wait(0.01) for _ in range(2000))
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,6 @@ from grace_core.publish.hub_repository import (
 from grace_core.publish.index import (
     INDEX,
     JOURNAL,
-    RENEWED_AFTER,
     IndexedModel,
     PlannedModel,
     Publication,
@@ -47,6 +46,7 @@ from grace_core.publish.index import (
     now,
     tag_of,
 )
+from grace_core.publish.lease import Lease
 
 log = logging.getLogger(__name__)
 
@@ -195,8 +195,7 @@ class _Publisher:
         self._models = {
             content.label: HubRepository(hub, content.repository) for content in contents
         }
-        self._head = ""
-        """Last commit of the index repository that this writer knows: its lease."""
+        self._lease = Lease(self._index)
 
     def publish(self) -> ReleaseIndex:
         self._prepare()
@@ -260,7 +259,7 @@ class _Publisher:
 
     def _acquire(self, found: Found) -> Publication:
         """Take the lease, and undo what another release's publication left on main branches."""
-        self._head = found.head
+        self._lease.head = found.head
         before = found.journal
         resumed = before is not None and before.release == self._release
         undone = None
@@ -293,7 +292,7 @@ class _Publisher:
             decided=resumed and before is not None and before.decided,
             interrupted=undone,
         )
-        self._write(journal, "Begin to publish a release")
+        self._lease.write(journal, "Begin to publish a release")
         if undone is None:
             return journal
         self._undo(undone)
@@ -307,7 +306,7 @@ class _Publisher:
                 },
             }
         )
-        return self._write(journal, "Undid an interrupted publication")
+        return self._lease.write(journal, "Undid an interrupted publication")
 
     def _undo(self, journal: Publication) -> None:
         """Main branches that an interrupted publication has changed show what they showed."""
@@ -316,7 +315,7 @@ class _Publisher:
             head = repository.head()
             assert head is not None
             if head != model.before and tree_digest(repository.tree(head)) == model.tree:
-                self._require_lease()
+                self._lease.require()
                 repository.replace(MAIN, head, model.before, "Undo an interrupted publication")
                 log.warning(
                     "%s: main shows commit %s again; its publication was interrupted",
@@ -334,28 +333,22 @@ class _Publisher:
                 self._advance(2 * content.size)  # verified by an earlier run
                 continue
             repository.branch(branch, planned.before)
-
-            def sent(size: int) -> None:
-                nonlocal journal
-                self._advance(size)
-                if now() - journal.renewed > RENEWED_AFTER:
-                    journal = self._write(journal, "Still publishing")
-
-            commit = repository.stage(content, branch, sent)
             try:
-                repository.verify(content, commit, self._room, sent)
+                with self._lease.renewed():
+                    commit = repository.stage(content, branch, self._advance)
+                    repository.verify(content, commit, self._room, self._advance)
             finally:
                 shutil.rmtree(self._room, ignore_errors=True)
             planned = planned.model_copy(
                 update={"staged": commit, "tree": tree_digest(repository.tree(commit))}
             )
             models = {**journal.models, content.label: planned}
-            journal = self._write(
+            journal = self._lease.write(
                 journal.model_copy(update={"models": models}), f"Staged {content.label}"
             )
         if journal.decided:
             return journal
-        return self._write(
+        return self._lease.write(
             journal.model_copy(update={"decided": True}), "All models are staged and verified"
         )
 
@@ -365,7 +358,7 @@ class _Publisher:
         for content in self._contents:
             repository, planned = self._models[content.label], journal.models[content.label]
             assert planned.staged is not None
-            self._require_lease()
+            self._lease.require()
             commit = repository.replace(
                 MAIN, planned.before, planned.staged, f"Release {self._tag}"
             )
@@ -383,9 +376,7 @@ class _Publisher:
                 bytes=content.size,
             )
         index = ReleaseIndex(release=self._release, published=now().isoformat(), models=models)
-        self._index.write(
-            {**self._files_of(index), JOURNAL: None}, self._head, f"Release {self._tag}"
-        )
+        self._lease.end(self._files_of(index), f"Release {self._tag}")
         return index
 
     def _finish(self) -> None:
@@ -397,18 +388,7 @@ class _Publisher:
         for repository in self._models.values():
             repository.drop_branches(STAGING)
 
-    def _write(self, journal: Publication, message: str) -> Publication:
-        renewed = journal.model_copy(update={"renewed": now()})
-        self._head = self._index.write({JOURNAL: renewed.to_text().encode()}, self._head, message)
-        return renewed
-
-    def _require_lease(self) -> None:
-        if self._index.head() != self._head:
-            raise GraceError(
-                f"another publication to {self._index.name} took over; this one changes nothing "
-                "more. Let it end, then publish again"
-            )
-
     def _advance(self, size: int) -> None:
+        self._lease.require_renewed()
         self._done += size
         self._report(self._done, self._total)
