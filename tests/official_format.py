@@ -101,6 +101,58 @@ def publish_packed(source: Published, folder: Path) -> Published:
     return Published(folder, source.codes, scales)
 
 
+LLAVA_NAMES = (
+    (r"language_model\.model\.", "model."),
+    (r"language_model\.lm_head\.", "lm_head."),
+    (r"multi_modal_projector\.linear_1\.", "model.mm_projector.0."),
+    (r"multi_modal_projector\.linear_2\.", "model.mm_projector.2."),
+    (r"vision_tower\.(vision_model\.)?", "model.vision_tower.vision_tower.vision_model."),
+)
+"""From transformers' names to those of the original LLaVA code, as read in a published index."""
+
+
+def publish_in_original_layout(
+    source: Published, folder: Path, *, rows: int, tower: bool = True
+) -> Path:
+    """The same LLaVA as the original code saves it.
+
+    rows: of the vocabulary; tower: whether the vision tower is among the weights.
+    """
+    folder.mkdir()
+
+    def original(name: str) -> str:
+        for pattern, new in LLAVA_NAMES:
+            if re.match(pattern, name):
+                return re.sub(f"^{pattern}", new, name)
+        raise AssertionError(name)
+
+    tensors = {}
+    for name, tensor in load_file(source.folder / "model.safetensors").items():
+        if tower or not name.startswith("vision_tower."):
+            short = tensor[:rows].clone() if "embed_tokens" in name or "lm_head" in name else tensor
+            tensors[original(name)] = short
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    sidecar = torch.load(source.folder / "qat_quantized_weights.bin", weights_only=True)
+    renamed = {original(f"{name}."): tensor for name, tensor in sidecar.items()}
+    torch.save(
+        {name.removesuffix("."): tensor for name, tensor in renamed.items()},
+        folder / "qat_quantized_weights.bin",
+    )
+    config = {
+        "architectures": ["LlavaLlamaForCausalLM"],
+        "model_type": "llava_llama",
+        "hidden_size": 128,
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_feature": "patch",
+        "mm_vision_select_layer": -2,
+        "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+        "vocab_size": rows,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
 def rounded_to_bf16(values: np.ndarray) -> np.ndarray:
     """To the nearest numbers of eight significant binary digits, ties to even."""
     mantissas, exponents = np.frexp(values)

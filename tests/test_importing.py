@@ -38,11 +38,13 @@ from grace_core.quantization.convert import convert_with_scales
 from grace_core.stages.training_plan import plan_quantized
 from tests.official_format import (
     Published,
+    publish_in_original_layout,
     publish_packed,
     publish_with_sidecar,
     rounded_to_bf16,
 )
 from tests.qat_models import forward_batches, trained
+from tests.tiny_models import save_tiny, tiny_llava
 
 VARIANTS = [("qwen3_vl", 4), ("qwen3_vl", 8), ("qwen2_vl", 4), ("llava", 4)]
 
@@ -346,9 +348,62 @@ def test_other_checkpoints_are_refused(published: Path, tmp_path: Path) -> None:
     with pytest.raises(GraceError, match="ordinary BF16 checkpoint needs no import"):
         import_checkpoint(plain, tmp_path / "made")
     config = json.loads((plain / "config.json").read_text())
-    (plain / "config.json").write_text(json.dumps(config | {"model_type": "llava_llama"}))
-    with pytest.raises(GraceError, match="'llava_llama' is not supported"):
+    (plain / "config.json").write_text(json.dumps(config | {"model_type": "internvl"}))
+    with pytest.raises(GraceError, match="'internvl' is not supported"):
         import_checkpoint(plain, tmp_path / "made")
+
+
+@pytest.mark.parametrize("tower", [True, False])
+def test_the_original_layout_of_llava(tmp_path: Path, tower: bool) -> None:
+    """As if transformers had saved it: every tensor, and what it lacks from the base."""
+    published = publish_with_sidecar(tmp_path / "published", "llava", 4)
+    base = tiny_llava(seed=9, layers=1)
+    tower_weights = load_file(published.folder / "model.safetensors")
+    with torch.no_grad():
+        for name, parameter in base.model.vision_tower.named_parameters():
+            parameter.copy_(tower_weights[f"vision_tower.{name}"])
+    save_tiny(base, tmp_path / "base")
+    rows = 500
+    original = publish_in_original_layout(published, tmp_path / "original", rows=rows, tower=tower)
+
+    import_checkpoint(published.folder, tmp_path / "expected")
+    done = import_checkpoint(original, tmp_path / "made", base=tmp_path / "base")
+
+    assert done["layers"] == 7 and done["logits"]["positions"] > 0
+    expected = load_file(tmp_path / "expected" / "model.safetensors")
+    made = load_file(tmp_path / "made" / "model.safetensors")
+    of_base = load_file(tmp_path / "base" / "model.safetensors")
+    assert made.keys() == expected.keys()
+    for name, tensor in made.items():
+        if "embed_tokens" in name or "lm_head" in name:
+            assert torch.equal(tensor[:rows], expected[name][:rows])
+            assert torch.equal(tensor[rows:], of_base[name][rows:])
+        else:
+            assert torch.equal(tensor, expected[name]), name
+    theirs, ours = load_scales(tmp_path / "expected"), load_scales(tmp_path / "made")
+    assert all(torch.equal(ours.scales[name], theta) for name, theta in theirs.scales.items())
+    assert (tmp_path / "made" / "chat_template.jinja").is_file()
+
+
+def test_the_original_layout_says_what_it_needs(tmp_path: Path) -> None:
+    published = publish_with_sidecar(tmp_path / "published", "llava", 4)
+    original = publish_in_original_layout(published, tmp_path / "original", rows=500)
+    made, base = tmp_path / "made", save_tiny(tiny_llava(layers=1), tmp_path / "base")
+    with pytest.raises(GraceError, match="--base, such as llava-hf"):
+        import_checkpoint(original, made)
+    with pytest.raises(GraceError, match="leave --base out"):
+        import_checkpoint(published.folder, made, base=base)
+    other = save_tiny(tiny_llava(hidden=256, layers=1), tmp_path / "other")
+    with pytest.raises(GraceError, match="the two are different models"):
+        import_checkpoint(original, made, base=other)
+    longer = save_tiny(tiny_llava(layers=2), tmp_path / "longer")
+    with pytest.raises(GraceError, match=r"tensors are missing, first .*layers\.1"):
+        import_checkpoint(original, made, base=longer)
+    config = json.loads((original / "config.json").read_text())
+    (original / "config.json").write_text(json.dumps(config | {"mm_vision_select_layer": -1}))
+    with pytest.raises(GraceError, match="mm_vision_select_layer is -1"):
+        import_checkpoint(original, made, base=base)
+    assert not made.exists()
 
 
 def test_import_and_pack_on_the_command_line(published: Path, tmp_path: Path) -> None:

@@ -33,6 +33,14 @@ def import_(
         ),
     ],
     out: Destination,
+    base: Annotated[
+        Path | None,
+        typer.Option(
+            help="For a LLaVA-1.5 of the original LLaVA code: the transformers checkpoint of the "
+            "same model, such as llava-hf/llava-1.5-7b-hf; gives tokenizer and vision tower.",
+            show_default=False,
+        ),
+    ] = None,
     device: DeviceOption = "auto",
 ) -> None:
     """Make a published quantized checkpoint one that can be evaluated, packed and trained on.
@@ -43,7 +51,7 @@ def import_(
     """
     from grace_core.importing.checkpoint import MANIFEST, import_checkpoint
 
-    manifest = import_checkpoint(folder, out, device=_device(device))
+    manifest = import_checkpoint(folder, out, base=base, device=_device(device))
     for name in ("bits", "group_size", "layers", "equal_codes"):
         console.print(f"{name.replace('_', ' ')}: {manifest[name]:,}", highlight=False)
     console.print(f"scales: {json.dumps(manifest['scales'])}", highlight=False, soft_wrap=True)

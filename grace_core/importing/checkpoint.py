@@ -34,7 +34,8 @@ from grace_core.export.exactness import logits_of
 from grace_core.export.gate_batches import gate_batches
 from grace_core.export.lazy_tensors import LazyTensor, save_lazily
 from grace_core.export.release import packed_layers
-from grace_core.importing.sources import Source, open_source
+from grace_core.importing.original_llava import is_original_llava, open_original
+from grace_core.importing.sources import SidecarSource, Source, open_source
 from grace_core.models.families import family_of
 from grace_core.models.loading import load_tokenizer, read_checkpoint
 from grace_core.models.visual_inputs import VisualInputs
@@ -48,13 +49,19 @@ MANIFEST = "import.json"
 
 
 def import_checkpoint(
-    folder: Path, destination: Path, *, device: torch.device | str = "cpu"
+    folder: Path,
+    destination: Path,
+    *,
+    base: Path | None = None,
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """Make a checkpoint that stages evaluate, release and train on, and verify it.
 
     Args:
         folder: as published: weights on the grid with a sidecar, or packed.
         destination: appears when it is whole: bf16 weights, scales, companions and `import.json`.
+        base: transformers checkpoint of the same model, for one in the original LLaVA layout; what
+            is beside the trained weights comes from there.
         device: where logits are compared; one model at a time is held there.
 
     Returns:
@@ -64,11 +71,17 @@ def import_checkpoint(
         GraceError: the source is damaged, unsafe, inconsistent or of an unknown family, or the
             destination exists.
     """
-    checkpoint = read_checkpoint(folder)
+    layout = _layout(folder, base)
+    checkpoint = read_checkpoint(layout)
     family_of(checkpoint.config["model_type"])  # raises for a family that is not supported
-    batches = gate_batches(load_tokenizer(folder), VisualInputs(checkpoint))
-    model = skeleton(folder)
-    source = open_source(folder, model)
+    batches = gate_batches(load_tokenizer(layout), VisualInputs(checkpoint))
+    model = skeleton(layout)
+    source: Source
+    if base is None:
+        source = open_source(folder, model)
+    else:
+        files, layers = open_original(folder, base, model)
+        source = SidecarSource(files, model, layers)
     modules = _modules(source, model)
     with new_directory(destination) as made:
         scales = _write_weights(source, made, model, modules)
@@ -76,13 +89,14 @@ def import_checkpoint(
         bank = ScaleBank({name: scales[name].theta for name in ordered})
         save_scales(made, bank, bits=source.bits, group_size=source.group_size)
         _write_json(made / "config.json", _bf16_config(checkpoint.config))
-        copy_companions(folder, made)
+        copy_companions(layout, made)
         manifest = {
             "format": 1,
             "source": {
                 "folder": str(folder),
                 "digest": digest_folder(folder),
                 "kind": source.kind,
+                **({} if base is None else {"base_digest": digest_folder(base)}),
                 **source.facts(),
             },
             "bits": source.bits,
@@ -91,10 +105,24 @@ def import_checkpoint(
             "equal_codes": _verify_codes(source, made, model),
             "scales": _scale_changes(scales.values()),
             "tensors_rounded_to_bf16": _rounded(source),
-            "logits": _logit_changes(source, folder, made, batches, device),
+            "logits": _logit_changes(source, layout, made, batches, device),
         }
         _write_json(made / MANIFEST, manifest)
     return manifest
+
+
+def _layout(folder: Path, base: Path | None) -> Path:
+    """The directory whose configuration, tokenizer and names count."""
+    original = is_original_llava(folder)
+    if original and base is None:
+        raise GraceError(
+            f"{folder}: in the layout of the original LLaVA code, without a tokenizer and names "
+            "that transformers reads. Give the transformers checkpoint of the same model as "
+            "--base, such as llava-hf/llava-1.5-7b-hf, downloaded"
+        )
+    if base is not None and not original:
+        raise GraceError(f"{folder}: not in the original LLaVA layout; leave --base out")
+    return base or folder
 
 
 @dataclass(frozen=True)
@@ -212,7 +240,7 @@ def _rounded(source: Source) -> int:
 @torch.no_grad()
 def _logit_changes(
     source: Source,
-    folder: Path,
+    layout: Path,
     made: Path,
     batches: Sequence[Mapping[str, Tensor]],
     device: torch.device | str,
@@ -222,7 +250,7 @@ def _logit_changes(
     for name in source.files.names:
         if name not in source.parts:
             state[name] = _kept(source, name).make()
-    before = logits_of(dense_model(folder, state), batches, device)
+    before = logits_of(dense_model(layout, state), batches, device)
     del state
     model = AutoModelForImageTextToText.from_pretrained(made, trust_remote_code=False)
     after = logits_of(model, batches, device)
