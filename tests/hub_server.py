@@ -22,6 +22,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import yaml
+
 
 @dataclass(frozen=True)
 class Blob:
@@ -267,7 +269,11 @@ class _Handler(BaseHTTPRequestHandler):
             return
         count = repository.parameters
         weights = {"safetensors": {"parameters": {"BF16": count}, "total": count}} if count else {}
-        siblings = [{"rfilename": path} for path in repository.files("main") or {}]
+        listed = repository.files(revision or "main") or {}
+        siblings = [{"rfilename": path, "size": len(blob.content)} for path, blob in listed.items()]
+        card = listed.get("README.md")
+        front = card.content.decode().split("---\n") if card else []
+        metadata = {"cardData": yaml.safe_load(front[1])} if len(front) > 2 else {}
         self._json(
             {
                 "id": name,
@@ -278,6 +284,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "downloads": 0,
                 "likes": 0,
                 **weights,
+                **metadata,
             }
         )
 

@@ -9,9 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from grace_core.config import GraceConfig
 from grace_core.doctor import disk, gpus, machine
+from grace_core.doctor.benchmarks import Size
 from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.doctor.disk import check_disk
 from grace_core.doctor.examination import examine
@@ -333,6 +335,25 @@ def test_recorded_outputs_take_the_bytes_of_their_numbers(tmp_path: Path) -> Non
         "5.0 MB of it is there"
         in about_disk(toy(f"run_dir={tmp_path}", "teacher_outputs={}", fit))[0].text
     )
+
+
+def test_benchmarks_that_are_still_to_be_read_need_room(
+    tmp_path: Path, tiny_disk: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = toy(f"run_dir={tmp_path}/run")
+    sizes = [Size("mmstar", 3e6, 4e6), Size("ai2d")]
+
+    def found() -> list[Finding]:
+        return list(check_disk(config, *models(config), sizes))
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    text = " ".join(finding.text for finding in found())
+    assert "benchmarks 3.0 MB, downloaded benchmarks 4.0 MB" in text
+    one(found(), Severity.UNCHECKED, "how large the benchmarks ai2d are")
+    other = tiny_disk("size=2m")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(other / "cache"))
+    one(found(), Severity.PROBLEM, "the benchmarks download 4.0 MB")
+    assert "downloaded benchmarks" not in " ".join(finding.text for finding in found())
 
 
 def test_a_disk_without_room_for_more_files_is_a_problem(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from grace_core.config.evaluation import ChosenBenchmark
@@ -15,6 +16,18 @@ AREA = "benchmarks"
 _REMEDY = "mend evaluation.benchmarks; `grace benchmark show NAME` tries a place"
 _SAMPLE = 2
 """Items that are read of each benchmark on this machine, pictures included."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """Of one benchmark's files, in bytes."""
+
+    name: str
+    packed: float | None = None
+    """At most, as the run keeps it; None: not known."""
+
+    missing: float | None = None
+    """Still to be downloaded to the Hub's cache; None: not known."""
 
 
 def missing_benchmarks(config: GraceConfig) -> Iterator[Finding]:
@@ -35,15 +48,22 @@ def missing_benchmarks(config: GraceConfig) -> Iterator[Finding]:
         )
 
 
-def check_benchmarks(config: GraceConfig) -> Iterator[Finding]:
-    """What a run would read: first items of what is here, and whether the Hub has the rest."""
-    missing = [*missing_benchmarks(config)]
-    yield from missing
-    if any(finding.severity == "problem" for finding in missing):
-        return
-    for each in config.evaluation.benchmarks:
-        if not _is_generated(each):
-            yield _looked_up(each) if each.path is None else _read(each, config)
+def check_benchmarks(config: GraceConfig) -> tuple[list[Finding], list[Size]]:
+    """What a run would read: first items of what is here, and whether the Hub has the rest.
+
+    Sizes are of all but the generated ones.
+    """
+    found = [*missing_benchmarks(config)]
+    chosen = [each for each in config.evaluation.benchmarks if not _is_generated(each)]
+    if any(finding.severity == "problem" for finding in found):
+        return found, [Size(each.name) for each in chosen]
+    sizes = []
+    for each in chosen:
+        look = _looked_up if each.path is None else _read
+        finding, size = look(each, config)
+        found.append(finding)
+        sizes.append(size)
+    return found, sizes
 
 
 def _is_generated(chosen: ChosenBenchmark) -> bool:
@@ -53,7 +73,7 @@ def _is_generated(chosen: ChosenBenchmark) -> bool:
     return source is None and chosen.path is None and chosen.repository is None
 
 
-def _read(chosen: ChosenBenchmark, config: GraceConfig) -> Finding:
+def _read(chosen: ChosenBenchmark, config: GraceConfig) -> tuple[Finding, Size]:
     from grace_core.data.sharegpt4v import UnusableRecord
     from grace_core.evaluation.benchmarks import find_benchmark
     from grace_core.evaluation.loading.place import locate
@@ -64,24 +84,37 @@ def _read(chosen: ChosenBenchmark, config: GraceConfig) -> Finding:
     declared = find_benchmark(chosen.name)
     style = STYLES[chosen.prompt or config.evaluation.prompt]
     try:
-        items = load_items(declared, locate(declared, wanted(chosen)), limit=_SAMPLE, style=style)
+        place = locate(declared, wanted(chosen))
+        items = load_items(declared, place, limit=_SAMPLE, style=style)
         for item in items:
             for picture in item.question.pictures:
                 picture.open()
     except (GraceError, UnusableRecord, OSError) as error:
-        return problem(AREA, f"{chosen.name}: {error}", _REMEDY)
-    return ok(AREA, f"{chosen.name}: the first {len(items)} items of {chosen.path} are sound")
+        return problem(AREA, f"{chosen.name}: {error}", _REMEDY), Size(chosen.name)
+    size = sum(file.stat().st_size for file in (*place.files, *place.picture_files))
+    text = f"{chosen.name}: the first {len(items)} items of {chosen.path} are sound"
+    return ok(AREA, text), Size(chosen.name, size * _share(chosen, config), 0)
 
 
-def _looked_up(chosen: ChosenBenchmark) -> Finding:
+def _looked_up(chosen: ChosenBenchmark, config: GraceConfig) -> tuple[Finding, Size]:
     from grace_core.evaluation.benchmarks import find_benchmark
-    from grace_core.evaluation.loading.place import commit_on_hub, declared_source
+    from grace_core.evaluation.loading.place import declared_source, look_up
     from grace_core.evaluation.loading.wanted import wanted
 
-    asked = wanted(chosen)
+    declared, asked = find_benchmark(chosen.name), wanted(chosen)
     try:
-        source = declared_source(find_benchmark(chosen.name), asked)
-        commit = commit_on_hub(source.repository, asked.revision)
+        repository = declared_source(declared, asked).repository
+        offer = look_up(declared, asked)
     except GraceError as error:
-        return problem(AREA, f"{chosen.name}: {error}", _REMEDY)
-    return ok(AREA, f"{chosen.name}: {source.repository} at {commit[:12]} can be had")
+        return problem(AREA, f"{chosen.name}: {error}", _REMEDY), Size(chosen.name)
+    packed = None if offer.size is None else offer.size * _share(chosen, config)
+    text = f"{chosen.name}: {repository} at {offer.commit[:12]} can be had"
+    return ok(AREA, text), Size(chosen.name, packed, offer.missing)
+
+
+def _share(chosen: ChosenBenchmark, config: GraceConfig) -> float:
+    """Of the items that are asked, in [0, 1]."""
+    from grace_core.evaluation.benchmarks import find_benchmark
+
+    items, rows = chosen.items or config.evaluation.items, find_benchmark(chosen.name).rows
+    return 1.0 if items is None or rows is None else min(1.0, items / rows)

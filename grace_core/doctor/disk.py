@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from grace_core.config.data import ToyData
 from grace_core.config.publish import DirectoryDestination
 from grace_core.config.training import BITS, TeacherOutputs
 from grace_core.config.tree import GraceConfig
+from grace_core.doctor.benchmarks import Size
 from grace_core.doctor.checkpoints import Checkpoint
 from grace_core.doctor.dataset import estimated_size, estimated_text
 from grace_core.doctor.findings import Finding, ok, problem, unchecked, warning
@@ -47,8 +48,8 @@ class Part:
     name: str
     size: float
     """Bytes."""
-    places: str
-    """Where it lies below run_dir, as a pattern of folders."""
+    places: str | None
+    """Where it lies below run_dir, as a pattern of folders; None: elsewhere on the same disk."""
     files: int = 10
 
 
@@ -126,11 +127,20 @@ def _recorded(config: GraceConfig, outputs: TeacherOutputs, student: Checkpoint)
     return Part("teacher outputs", size, "artifacts/teacher-outputs-*", files)
 
 
-def check_disk(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) -> Iterator[Finding]:
+def check_disk(
+    config: GraceConfig,
+    teacher: Checkpoint,
+    student: Checkpoint,
+    benchmarks: Sequence[Size] = (),
+) -> Iterator[Finding]:
     """Free room of run_dir's file system against the sum of the parts; who may write there.
 
     What an earlier attempt left of a part counts as written, up to the part's size.
+
+    benchmarks: those that are still to be read.
     """
+    from huggingface_hub import constants
+
     place = _existing(config.run_dir)
     yield from _writable(config, place)
     if config.launch.backend.kind != "local":
@@ -143,6 +153,16 @@ def check_disk(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) ->
             "download the models first, or keep an eye on the disk",
         )
         return
+    if benchmarks:
+        packed = sum(each.packed or 0 for each in benchmarks)
+        missing = sum(each.missing or 0 for each in benchmarks)
+        found.append(Part("benchmarks", packed, "artifacts/benchmarks-*", 2 * len(benchmarks)))
+        cache = _existing(Path(constants.HF_HUB_CACHE))
+        if cache.stat().st_dev == place.stat().st_dev:
+            found.append(Part("downloaded benchmarks", missing, None))
+        elif missing:
+            yield from _elsewhere(cache, missing)
+        yield from _unknown(benchmarks)
     try:
         room = os.statvfs(place)
     except OSError as error:
@@ -150,6 +170,27 @@ def check_disk(config: GraceConfig, teacher: Checkpoint, student: Checkpoint) ->
         return
     yield from _bytes(config, room, found)
     yield from _inodes(config, room, found)
+
+
+def _unknown(benchmarks: Sequence[Size]) -> Iterator[Finding]:
+    names = [each.name for each in benchmarks if each.packed is None or each.missing is None]
+    if names:
+        yield unchecked(
+            AREA,
+            f"how large the benchmarks {', '.join(names)} are; they are not counted",
+            "keep an eye on the disk",
+        )
+
+
+def _elsewhere(cache: Path, missing: float) -> Iterator[Finding]:
+    """Room for the benchmarks' downloads, on another disk than run_dir."""
+    room = os.statvfs(cache)
+    free = room.f_bavail * room.f_frsize
+    said = f"{cache}: {in_units(free)} free, the benchmarks download {in_units(missing)}"
+    if free < missing:
+        yield problem(AREA, said, "free some room, or set HF_HOME to a folder of another disk")
+    else:
+        yield ok(AREA, said)
 
 
 def _bytes(config: GraceConfig, room: os.statvfs_result, found: list[Part]) -> Iterator[Finding]:
@@ -184,7 +225,9 @@ def _inodes(config: GraceConfig, room: os.statvfs_result, found: list[Part]) -> 
 
 
 def _written(run_dir: Path, part: Part) -> int:
-    """Bytes of the part that lie on disk."""
+    """Bytes of the part that lie on disk below run_dir."""
+    if part.places is None:
+        return 0
     return sum(
         file.stat().st_size
         for folder in run_dir.glob(part.places)

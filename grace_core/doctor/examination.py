@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from grace_core.artifacts import stage_folders
 from grace_core.config.launch import SlurmLaunch
 from grace_core.config.tree import GraceConfig
-from grace_core.doctor.benchmarks import check_benchmarks
+from grace_core.doctor.benchmarks import Size, check_benchmarks
 from grace_core.doctor.checkpoints import Checkpoint, read_checkpoint
 from grace_core.doctor.dataset import check_data
 from grace_core.doctor.disk import check_disk
@@ -45,15 +45,21 @@ def _all(config: GraceConfig, goal: Goal) -> Iterator[Finding]:
         student = looked_up if checkpoint.source == student.source else student
     yield from check_models(config, teacher, student)
     yield from check_data(config, student)
+    benchmarks: list[Size] = []
     if _evaluates(config, goal):
-        yield from check_benchmarks(config)
-    yield from _compute(config, goal, teacher, student)
+        found, benchmarks = check_benchmarks(config)
+        yield from found
+    yield from _compute(config, goal, teacher, student, benchmarks)
     if "publish" in planned_stages(config, goal):
         yield from check_publishing(config)
 
 
 def _compute(
-    config: GraceConfig, goal: Goal, teacher: Checkpoint, student: Checkpoint
+    config: GraceConfig,
+    goal: Goal,
+    teacher: Checkpoint,
+    student: Checkpoint,
+    benchmarks: list[Size],
 ) -> Iterator[Finding]:
     """The machine that trains, and room for what it leaves."""
     left = [stage for stage in planned_stages(config, goal) if not _is_there(config, stage)]
@@ -64,7 +70,7 @@ def _compute(
         yield from least_memory(config, teacher, student)
     else:
         yield from check_machine(config, teacher, student)
-    yield from check_disk(config, teacher, student)
+    yield from check_disk(config, teacher, student, benchmarks)
 
 
 def _evaluates(config: GraceConfig, goal: Goal) -> bool:

@@ -10,7 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -67,6 +67,18 @@ class Place:
     """Tables of pictures by id, where the rows name pictures only."""
 
 
+@dataclass(frozen=True)
+class Offer:
+    """What the Hub has of a benchmark. Bytes are None where only a connection would tell."""
+
+    commit: str
+    size: int | None = None
+    """Bytes of its rows and pictures as files."""
+
+    missing: int | None = None
+    """Bytes of these that are still to be downloaded."""
+
+
 def locate(benchmark: Benchmark, wanted: Wanted) -> Place:
     """Find the files of a benchmark, downloading those of the Hub that are not here.
 
@@ -114,17 +126,34 @@ def resolve_revision(repository: str, revision: str | None) -> str:
     return _downloaded(repository, revision, [_CARD]).name
 
 
-def commit_on_hub(repository: str, revision: str | None) -> str:
-    """The same without downloading anything, within seconds; for checks before a run."""
+def look_up(benchmark: Benchmark, wanted: Wanted) -> Offer:
+    """What `locate` would find on the Hub, without downloading it; for checks before a run.
+
+    Raises GraceError where the data set, the configuration or the split is not there.
+    """
+    source = declared_source(benchmark, wanted)
+    repository = source.repository
     try:
-        asked = HfApi().dataset_info
-        commit = _ask(
-            repository, lambda: asked(repository, revision=revision, timeout=_SECONDS).sha
+        info = _ask(
+            repository,
+            lambda: HfApi().dataset_info(
+                repository, revision=wanted.revision, timeout=_SECONDS, files_metadata=True
+            ),
         )
     except OfflineModeIsEnabled:
-        return _downloaded(repository, revision, [_CARD]).name
-    assert commit is not None
-    return commit
+        return Offer(_downloaded(repository, wanted.revision, [_CARD]).name)
+    assert info.sha is not None
+    sizes = {each.rfilename: each.size or 0 for each in info.siblings or []}
+    metadata = info.card_data.to_dict() if info.card_data else {}
+    rows, tables = _files_of_source(benchmark, source, info.sha, [*sizes], metadata)
+    files = [*rows, *tables]
+    wanting = [
+        name
+        for name in files
+        if not try_to_load_from_cache(repository, name, revision=info.sha, repo_type="dataset")
+    ]
+    total, missing = (sum(sizes[name] for name in names) for names in (files, wanting))
+    return Offer(info.sha, total, missing)
 
 
 def _of_hub(benchmark: Benchmark, wanted: Wanted) -> Place:
@@ -141,11 +170,7 @@ def _of_hub(benchmark: Benchmark, wanted: Wanted) -> Place:
         card = _downloaded(repository, commit, ["*"])
         names = _names_below(card)
     metadata = read_front_matter((card / _CARD).read_text(encoding="utf-8")) if card else {}
-    try:
-        rows = _files(names, metadata, source.config, source.split)
-        tables = _files(names, metadata, source.pictures, source.split) if source.pictures else []
-    except GraceError as error:
-        raise GraceError(f"{benchmark.name}: {repository} at {commit[:12]}: {error}") from None
+    rows, tables = _files_of_source(benchmark, source, commit, names, metadata)
     folder = _downloaded(repository, commit, [*rows, *tables])
     return Place(
         files=tuple(folder / name for name in rows),
@@ -155,6 +180,23 @@ def _of_hub(benchmark: Benchmark, wanted: Wanted) -> Place:
         revision=commit,
         picture_files=tuple(folder / name for name in tables),
     )
+
+
+def _files_of_source(
+    benchmark: Benchmark,
+    source: Source,
+    commit: str,
+    names: Sequence[str],
+    metadata: dict[str, object],
+) -> tuple[list[str], list[str]]:
+    """Files of the rows, and of the tables of pictures."""
+    try:
+        rows = _files(names, metadata, source.config, source.split)
+        tables = _files(names, metadata, source.pictures, source.split) if source.pictures else []
+    except GraceError as error:
+        place = f"{source.repository} at {commit[:12]}"
+        raise GraceError(f"{benchmark.name}: {place}: {error}") from None
+    return rows, tables
 
 
 def _on_this_machine(benchmark: Benchmark, wanted: Wanted) -> Place:
