@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,11 @@ from huggingface_hub import constants
 
 from grace_core.config import GraceConfig, load_config
 from grace_core.errors import GraceError
+from grace_core.evaluation.gate import Check, GateVerdict
+from grace_core.publish.content import ReleaseContent
 from grace_core.publish.directory import publish_to_directory
-from grace_core.publish.preview import preview
+from grace_core.publish.preview import Preview
+from grace_core.publish.preview import preview as preview_of
 from grace_core.publish.release_set import HubAccess
 from tests.hub_server import Fault, Hub, running_hub
 from tests.publishing import LABELS, TOKEN, publish, published, release
@@ -37,6 +40,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 def config(tmp_path: Path, *more: str) -> GraceConfig:
     chosen = [f"run_dir={tmp_path}/run", "publish.name=Toy", *more]
     return load_config(ROOT / "configs/toy.yaml", chosen)
+
+
+def preview(config: GraceConfig, contents: Sequence[ReleaseContent], access: HubAccess) -> Preview:
+    return preview_of(config, contents, access, GateVerdict(decides="value", checks=()))
 
 
 def to_hub(hub: Hub, tmp_path: Path, more: str = "") -> GraceConfig:
@@ -115,3 +122,23 @@ def test_a_directory_is_looked_at(tmp_path: Path) -> None:
     assert [(model.then, model.bytes) for model in again.models] == [("unchanged", 0)] * 2
     assert [model.then for model in other.models] == ["replaced", "replaced"]
     assert [model.bytes for model in other.models] == [content.size for content in new]
+
+
+def test_a_closed_gate_would_stop_it(tmp_path: Path) -> None:
+    check = Check(
+        model="w4",
+        demand="floor",
+        on="average",
+        needed=60.0,
+        found=50.0,
+        unit="%",
+        passed=False,
+        problem="w4 falls short",
+    )
+    verdict = GateVerdict(decides="value", checks=(check,))
+    seen = preview_of(config(tmp_path), release(tmp_path, "1"), HubAccess(), verdict)
+    assert "regression gate is closed" in seen.problems[0] and len(seen.models) == 2
+    overridden = verdict.model_copy(update={"override": "a test"})
+    assert not preview_of(
+        config(tmp_path), release(tmp_path, "1"), HubAccess(), overridden
+    ).problems

@@ -12,6 +12,7 @@ from grace_core import stages
 from grace_core.artifacts import Artifact
 from grace_core.config.training import Precision
 from grace_core.config.tree import GraceConfig
+from grace_core.evaluation.gate import GateVerdict
 from grace_core.events import Event
 from grace_core.publish.approval import Approval
 from grace_core.publish.preview import Preview, preview
@@ -116,7 +117,8 @@ class Chain:
     def preview(self, access: HubAccess) -> Preview:
         """What the publication of the finished releases would do."""
         contents = contents_of(self.config, self.releases(), self.evaluations())
-        return preview(self.config, contents, access)
+        verdict = GateVerdict.model_validate(self.report().manifest.facts["gate"])
+        return preview(self.config, contents, access, verdict)
 
     def _start(self) -> Artifact | None:
         """What quantized students start from; None: the checkpoint that `quantize.start` names."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from grace_core.artifacts import digest_folder
 from grace_core.config.publish import HubDestination
 from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
+from grace_core.evaluation.gate import GateVerdict, require_open
 from grace_core.publish.content import ReleaseContent, set_id
 from grace_core.publish.directory import read_directory_index
 from grace_core.publish.hub import (
@@ -49,15 +50,25 @@ class Preview:
     """What would stop it before anything is sent."""
 
 
-def preview(config: GraceConfig, contents: Sequence[ReleaseContent], access: HubAccess) -> Preview:
+def preview(
+    config: GraceConfig,
+    contents: Sequence[ReleaseContent],
+    access: HubAccess,
+    verdict: GateVerdict,
+) -> Preview:
     """Look at the destination; nothing is written there.
 
-    Raises GraceError where it cannot be looked at.
+    verdict: the regression gate's; a closed one is among the problems.
+
+    Raises GraceError where the destination cannot be looked at.
     """
     destination = config.publish.destination
     if isinstance(destination, HubDestination):
-        return _of_hub(contents, hub_target(config, access))
-    return _of_directory(contents, config.run_dir / destination.path)
+        seen = _of_hub(contents, hub_target(config, access))
+    else:
+        seen = _of_directory(contents, config.run_dir / destination.path)
+    closed = _problem(partial(require_open, verdict))
+    return replace(seen, problems=(*closed, *seen.problems))
 
 
 def _of_directory(contents: Sequence[ReleaseContent], root: Path) -> Preview:
