@@ -92,7 +92,12 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     for model in report["models"]:
         estimates = comparison["estimates"][model["model"]]
         names = [*model["scores"], AVERAGE]
-        scores = {name: round(estimates[name]["value"], 1) for name in names if name in estimates}
+        scores = {
+            report["headings"].get(name, name): round(estimates[name]["value"], 1)
+            if name in estimates
+            else None
+            for name in names
+        }
         ends = {"vs baseline": gains.get(model["model"]), "of BF16": kept.get(model["model"])}
-        rows.append({"model": model["model"], **dict.fromkeys(names), **scores, **ends})
+        rows.append({"model": model["model"], **scores, **ends})
     return rows

@@ -17,14 +17,16 @@ def recorded_files(
     *,
     groups: Mapping[str, Sequence[str]] | None = None,
     unreadable: int = 0,
+    scores: Mapping[str, Any] | None = None,
     **summary: Any,
 ) -> dict[str, str]:
     """Text by path within the evaluation's folder.
 
     groups: benchmark -> group of each item; the headline then counts whole groups.
     unreadable: so many of the wrong answers are parse failures.
+    scores: more of each benchmark's score.
     """
-    files, scores = {}, {}
+    files, found = {}, {}
     for name, answers in benchmarks.items():
         grouped = (groups or {}).get(name)
         lines, left = [], unreadable
@@ -40,8 +42,8 @@ def recorded_files(
             }
             lines.append(json.dumps(line | ({"group": grouped[number]} if grouped else {})))
         files[f"predictions/{name}.jsonl"] = "\n".join(lines) + "\n"
-        scores[name] = _score(name, answers, grouped, unreadable)
-    whole = {"label": label, "benchmarks": scores, **summary}
+        found[name] = _score(name, answers, grouped, unreadable) | {**(scores or {})}
+    whole = {"label": label, "benchmarks": found, **summary}
     return {"results.json": json.dumps(whole), **files}
 
 

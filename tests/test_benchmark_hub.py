@@ -13,6 +13,7 @@ import pytest
 from huggingface_hub import constants
 
 from grace_core.artifacts import Artifact
+from grace_core.config import load_config
 from grace_core.errors import GraceError
 from grace_core.evaluation.benchmarks import find_benchmark
 from grace_core.evaluation.items import Item
@@ -297,3 +298,41 @@ def test_a_card_may_list_files_in_several_ways() -> None:
     assert read_front_matter("# no metadata") == {}
     with pytest.raises(GraceError, match="no YAML"):
         read_front_matter("---\na: [\n---\n")
+
+
+@pytest.mark.parametrize(
+    ("entry", "count", "part"),
+    [
+        ("mmstar", 2, False),
+        ("{name: mmstar, items: 1}", 1, True),
+        ("{name: mmstar, items: 2}", 2, False),
+        ("{name: mmstar, split: other}", 1, False),
+        ("{name: mmstar, repository: mine/mmstar, config: val}", 1, False),
+    ],
+)
+def test_what_was_asked_is_recorded(
+    hub: Hub, tmp_path: Path, entry: str, count: int, part: bool
+) -> None:
+    rows = ROWS["mmstar"]
+    both = {"a.parquet": parquet("mmstar", *rows), "b.parquet": parquet("mmstar", *rows[:1])}
+    commits = {
+        name: offer(hub, name, {"README.md": card(("val", files)), **both})
+        for name, files in (
+            ("Lin-Chen/MMStar", {"val": "a.parquet", "other": "b.parquet"}),
+            ("mine/mmstar", {"val": "b.parquet"}),
+        )
+    }
+    toy = Path(__file__).resolve().parent.parent / "configs" / "toy.yaml"
+    overrides = [f"run_dir={tmp_path / 'run'}", f"evaluation.benchmarks=[{entry}]"]
+    made = prepare_benchmarks(load_config(toy, overrides), StageContext())
+    name = "mine/mmstar" if "mine" in entry else "Lin-Chen/MMStar"
+    assert made.manifest.facts["mmstar"] == {
+        "repository": name,
+        "revision": commits[name],
+        "config": "val",
+        "split": "other" if "other" in entry else "val",
+        "prompt": "llava",
+        "part": part,
+        "declared": "split" not in entry and "mine" not in entry,
+    }
+    assert made.manifest.metrics["mmstar/items"] == count

@@ -18,6 +18,7 @@ from grace_core.evaluation.loading.prepared import read_items
 from grace_core.stages import StageContext
 from grace_core.stages.benchmarks import prepare_benchmarks
 from grace_core.toy.world import write_benchmark
+from tests.benchmark_rows import write_parquet
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -136,3 +137,22 @@ def test_what_is_not_there_is_said_before_anything_is_made(
     with pytest.raises(GraceError, match=r"toy-choice: .*nowhere does not exist"):
         prepare(chosen(tmp_path / "nowhere"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_part_and_a_file_of_ones_own_are_told(prepare: Prepare, tmp_path: Path) -> None:
+    folder = write_parquet("mmbench", tmp_path / "data")
+    for items in (1, 2):
+        entry = f"{{name: mmbench, path: {folder}, items: {items}, prompt: grace}}"
+        made = prepare(f"evaluation.benchmarks=[{entry}]")
+        assert made.manifest.facts["mmbench"] == {
+            **dict.fromkeys(("repository", "revision", "config", "split")),
+            "prompt": "grace",
+            "part": False,
+            "declared": False,
+        }
+        assert made.manifest.metrics["mmbench/items"] == 2, "one question, asked twice"
+    two = write_parquet("mmstar", tmp_path / "mmstar")
+    cut = prepare(f"evaluation.benchmarks=[{{name: mmstar, path: {two}, items: 1}}]")
+    assert cut.manifest.facts["mmstar"]["part"] is True
+    toy = prepare("evaluation.items=3").manifest.facts["toy-choice"]
+    assert toy["prompt"] is None, "worded as the toy models were taught"

@@ -55,6 +55,15 @@ def test_a_path_that_is_not_here_is_a_problem(tmp_path: Path) -> None:
         one([*found], Severity.PROBLEM, "ai2d: not on this machine")
 
 
+def test_a_part_that_is_to_be_published_is_told_of(tmp_path: Path) -> None:
+    folder = write_jsonl("ai2d", tmp_path / "ai2d")
+    part = f"evaluation.benchmarks=[{{name: ai2d, path: {folder}, items: 1}}, toy-choice]"
+    one([*missing_benchmarks(toy(part))], Severity.WARNING, "items: a part is asked of ai2d, and")
+    for aside in ("publish.enabled=false", "evaluation.gate.complete=false"):
+        assert not [*missing_benchmarks(toy(part, aside))]
+    assert not [*missing_benchmarks(toy("evaluation.items=5"))], "generated"
+
+
 def test_the_hub_is_asked_and_nothing_is_downloaded(hub: Hub) -> None:
     repository = hub.repositories["lmms-lab/ai2d"] = Repository(private=False)
     commit = repository.add_commit(

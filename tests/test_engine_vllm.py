@@ -54,7 +54,13 @@ class StandIn:
             assert all(one.mode == "RGB" for one in pictures)
             assert chat.endswith("<|im_start|>assistant\n")
             text = f" {len(pictures)} pictures, {settings.max_tokens} tokens\n"
-            found.append(SimpleNamespace(outputs=[SimpleNamespace(text=text, token_ids=[1, 2])]))
+            ended = settings.max_tokens > 4
+            made = SimpleNamespace(
+                text=text,
+                token_ids=[1] * 4 + [2] * ended,  # with the token that ended it
+                finish_reason="stop" if ended else "length",
+            )
+            found.append(SimpleNamespace(outputs=[made]))
         return found
 
 
@@ -77,9 +83,9 @@ def test_questions_reach_the_model_and_answers_come_back(
     ]
     found = ask_all(engine, asked, tmp_path)
     assert [(one.item_id, one.response, one.error, one.tokens) for one in found] == [
-        ("none", "0 pictures, 60 tokens", None, 2),
-        ("one", "1 pictures, 4 tokens", None, 2),
-        ("two", "2 pictures, 5 tokens", None, 2),
+        ("none", "0 pictures, 60 tokens", None, 4),
+        ("one", "1 pictures, 4 tokens", None, 4),
+        ("two", "2 pictures, 5 tokens", None, 4),
     ]
     arguments = engine._model.arguments
     assert arguments["model"] == "release"

@@ -9,6 +9,7 @@ import pytest
 from rich.console import Console
 
 from grace_core.errors import GraceError
+from grace_core.evaluation.benchmarks import find_benchmark
 from grace_core.evaluation.benchmarks.toy import TOY_CHOICE
 from grace_core.evaluation.declaration import Metric
 from grace_core.evaluation.items import Gold, Prediction
@@ -69,6 +70,31 @@ def test_right_wrong_and_unreadable_answers_are_counted() -> None:
         {"id": "1", "response": said["1"], "error": None, "answer": "A", "correct": True},
         {"id": "4", "response": "perhaps", "error": None, "answer": "", "correct": False},
     ]
+
+
+def test_answers_without_an_end_are_told_apart_from_unreadable_ones() -> None:
+    said = [
+        Prediction("1", "The answer is A.", tokens=8),
+        Prediction("2", "I look at the picture and", tokens=8),
+        Prediction("3", "perhaps", tokens=2),
+        Prediction("4", "who can say, as I", tokens=4),
+    ]
+    result = score(TOY_CHOICE, GOLDS, said, budgets={"mcq": 8, "yesno": 4})
+    assert (result.parse_failures, result.cut_off) == (3, 2)
+    assert [item.to_dict().get("cut_off") for item in result.items] == [True, True, None, True]
+    assert result.coverage == "4 of 4 answered, 3 unreadable (2 of them cut off)"
+    assert result.to_dict()["cut_off"] == 2
+    assert score(TOY_CHOICE, GOLDS, said).cut_off == 0, "no budget is known"
+
+
+def test_items_have_in_common_what_the_benchmark_says_or_their_picture() -> None:
+    result = score(TOY_CHOICE, GOLDS, [], pictures={"1": "red", "2": "red"})
+    assert [item.to_dict().get("cluster") for item in result.items] == ["red", "red", None, None]
+    fields = {"category": "VS", "subcategory": "map", "set_id": "1", "figure_id": "2"}
+    fields |= {"question_id": "0", "picture": "yes"}
+    hallusion = Gold("x", "yesno", None, ("Yes",), fields)
+    (item,) = score(find_benchmark("hallusionbench"), [hallusion], [], pictures={"x": "red"}).items
+    assert item.to_dict()["cluster"] == "VS_map_1"
 
 
 @pytest.mark.parametrize(

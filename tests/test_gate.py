@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import pytest
 from grace_core.config import load_config
 from grace_core.config.evaluation import Gate
 from grace_core.errors import ConfigError
+from grace_core.evaluation.benchmarks import find_benchmark
 from grace_core.evaluation.gate import GateClosed, GateVerdict, judge, require_open
+from grace_core.evaluation.recorded import read_items, read_responses
 from grace_core.evaluation.report.comparison import compare
 from grace_core.evaluation.report.recorded import find_recorded
+from grace_core.evaluation.score import score
 from tests.recorded_evaluations import Answers, write_recorded
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,11 +92,47 @@ def test_unreadable_answers_are_limited(tmp_path: Path) -> None:
     write_recorded(tmp_path / "w4", "w4", {"a": of(90)}, unreadable=7)
     models = find_recorded([tmp_path / "w4"])
     comparison = compare(models, seed=0)
-    assert judge(Gate(max_parse_failures=7), models, comparison).passed
-    (short,) = judge(Gate(max_parse_failures=5), models, comparison).shortfalls
+    assert judge(Gate(max_parse_failures={"others": 7}), models, comparison).passed
+    (short,) = judge(Gate.model_validate({"max_parse_failures": 5}), models, comparison).shortfalls
     assert short.problem is not None and "7.00 % of the answers (7 of 100), 2.00 above 5" in (
         short.problem
     )
+
+
+def test_unreadable_answers_may_be_limited_by_benchmark(tmp_path: Path) -> None:
+    answers = {"a": of(90), "b": of(90)}
+    write_recorded(tmp_path / "w4", "w4", answers, unreadable=7, scores={"cut_off": 3})
+    models = find_recorded([tmp_path / "w4"])
+    gate = Gate(max_parse_failures={"a": 10, "b": 5})
+    (short,) = judge(gate, models, compare(models, seed=0)).shortfalls
+    assert short.problem == (
+        "GRACE W4G128, b: nothing can be read from 7.00 % of the answers (7 of 100), 2.00 above "
+        "5 %; 3 of them were cut off, which more tokens (evaluation.max_new_tokens) may mend"
+    )
+    assert judge(Gate(max_parse_failures={"a": 10}), models, compare(models, seed=0)).passed
+
+
+def test_the_recipe_does_not_ask_of_sentences_to_be_letters(
+    shared_data: Path, tmp_path: Path
+) -> None:
+    """GPT-4V's real answers to HallusionBench, of which 19 % say neither yes nor no."""
+    folder = shared_data / "golden" / "hallusionbench-gpt-4v"
+    benchmark = find_benchmark("hallusionbench")
+    items = read_items(benchmark, folder / "items.jsonl")
+    said = read_responses(folder / "responses.jsonl")
+    asked = {each.item_id for each in said}
+    found = score(benchmark, [gold for gold in items.golds if gold.id in asked], said)
+    assert (found.parse_failures, found.answered) == (49, 254)
+    (tmp_path / "predictions").mkdir()
+    lines = [json.dumps(item.to_dict()) + "\n" for item in found.items]
+    (tmp_path / "predictions" / "hallusionbench.jsonl").write_text("".join(lines))
+    summary = {"label": "w4", "benchmarks": {"hallusionbench": found.to_dict()}}
+    (tmp_path / "results.json").write_text(json.dumps(summary))
+    models = find_recorded([tmp_path])
+    gate = load_config(ROOT / "configs/qwen3vl-8b-to-2b.yaml").evaluation.gate
+    checks = judge(gate, models, compare(models, seed=0)).checks
+    (limit,) = [check for check in checks if check.demand == "parse failures"]
+    assert limit.passed and limit.found == pytest.approx(100 * 49 / 254)
 
 
 def test_a_number_that_is_refused_passes_nothing(tmp_path: Path) -> None:
@@ -117,3 +157,11 @@ def test_an_override_opens_a_closed_gate_and_stays_visible(tmp_path: Path) -> No
 def test_a_floor_for_what_is_not_measured_is_a_mistake() -> None:
     with pytest.raises(ConfigError, match=r"floors: nothing is scored on mmbench; there are avera"):
         load_config(ROOT / "configs/toy.yaml", ["evaluation.gate.floors={mmbench: 50}"])
+    for limits, says in (
+        ("{mmbench: 5}", r"max_parse_failures: nothing is scored on mmbench; there are toy-choi"),
+        ("{toy-choice: 101}", r"gate.max_parse_failures.toy-choice: should be less than or equal"),
+        ("-1", r"gate.max_parse_failures.others: should be greater than or equal to 0"),
+        ("true", r"gate.max_parse_failures.others: a number is meant, not true or false"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            load_config(ROOT / "configs/toy.yaml", [f"evaluation.gate.max_parse_failures={limits}"])

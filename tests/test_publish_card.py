@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import tomllib
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import pytest
+import torch
 import yaml
 from huggingface_hub import ModelCard, parse_eval_result_entries
 from packaging.requirements import Requirement
+from safetensors.torch import save
 
+from grace_core.artifacts import Artifact, new_artifact, read_artifact
+from grace_core.config import load_config
 from grace_core.errors import GraceError
 from grace_core.export.card import eval_results_files, model_card, release_manifest
 from grace_core.export.card_facts import (
@@ -27,6 +32,8 @@ from grace_core.export.card_facts import (
 from grace_core.export.card_loading import REQUIREMENTS
 from grace_core.lineage.graph import Edge, Lineage, Node
 from grace_core.lineage.published import PublishedManifest
+from grace_core.publish.release_set import contents_of
+from tests.recorded_evaluations import recorded_files
 from tests.test_evaluation_score import BENCHMARKS, PUBLISHED, published_table
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -86,8 +93,17 @@ def results(precision: Precision) -> Results:
         scores=dict(zip(BENCHMARKS, PUBLISHED[precision], strict=True)),
         table=published_table().to_markdown(),
         benchmarks={
-            "MMBench": BenchmarkFacts("MMBench", "lmms-lab/MMBench", "en"),
-            "AI2D": BenchmarkFacts("AI2 Diagrams", "lmms-lab/ai2d"),
+            "MMBench": BenchmarkFacts(
+                "MMBench",
+                "lmms-lab/MMBench",
+                revision="c" * 40,
+                config="en",
+                split="dev",
+                declared=True,
+                prompt="llava",
+                metric="CircularEval accuracy",
+            ),
+            "AI2D": BenchmarkFacts("AI2 Diagrams", "lmms-lab/ai2d", split="test", declared=True),
         },
         date="2026-11-24T12:00:00+00:00",
     )
@@ -223,7 +239,54 @@ def test_the_newer_results_files_say_the_same_as_the_card() -> None:
     assert (entry.dataset_id, entry.task_id) == ("lmms-lab/MMBench", "en")
     assert entry.value == PUBLISHED["w4"][BENCHMARKS.index("MMBench")]
     assert entry.date == "2026-11-24T12:00:00+00:00"
+    assert entry.dataset_revision == "c" * 40
+    assert entry.notes == (
+        "CircularEval accuracy in percent; split dev, prompts in the style llava, greedy decoding, "
+        "no tools"
+    )
     assert not eval_results_files(release("w4"), Results({"MMBench": None}, ""))
+
+
+def test_a_part_is_called_one_and_is_in_no_metadata() -> None:
+    part = replace(results("w4").facts("MMBench"), part="197 of 4,329 items")
+    found = replace(results("w4"), benchmarks={"MMBench": part})
+    text = model_card(release("w4"), found)
+    assert (
+        "| **a part: 197 of 4,329 items**; `lmms-lab/MMBench` at `cccccccccccc`, en, dev |" in text
+    )
+    (index,) = ModelCard(text).data.to_dict()["model-index"]
+    named = [each["dataset"]["name"] for each in index["results"]]
+    assert named == [name for name in BENCHMARKS if name != "MMBench"]
+    assert eval_results_files(release("w4"), found) == {}
+    scores = json.loads(release_manifest(release("w4"), found))["scores"]
+    assert scores["MMBench"] is None and scores["AI2D"] == 79.5
+
+
+def test_what_was_run_is_stated_and_no_more() -> None:
+    """Another data set, a file of one's own, another style and another metric."""
+    own = results("w4").facts("MMBench")
+    facts = {
+        "MMBench": replace(own, dataset="mine/mmbench", declared=False, prompt="grace"),
+        "AI2D": BenchmarkFacts("AI2D (mask)", prompt="grace"),
+        "MMMU": BenchmarkFacts("MMMU", "MMMU/MMMU", config="*", split="dev", metric="F1"),
+    }
+    found = replace(results("w4"), benchmarks=facts)
+    text = model_card(release("w4"), found)
+    assert "greedy answers to GRACE-style prompts, scored" in text and "LLaVA-style" not in text
+    assert "| AI2D (mask) | no data set of the Hub | GRACE | accuracy |" in text
+    assert "| MMMU | `MMMU/MMMU`, *, dev | its own | F1 |" in text
+    (index,) = ModelCard(text).data.to_dict()["model-index"]
+    shown = {each["dataset"]["name"]: each for each in index["results"]}
+    assert shown["MMBench"]["dataset"]["type"] == "mine/mmbench"
+    assert shown["MMBench"]["metrics"][0]["type"] == "circulareval_accuracy"
+    assert shown["MMBench"]["metrics"][0]["name"] == "CircularEval accuracy (percent)"
+    assert shown["MMMU"]["dataset"]["split"] == "dev"
+    assert shown["MMMU"]["metrics"][0] == {
+        **{"type": "f1", "name": "F1 (percent)"},
+        "value": PUBLISHED["w4"][BENCHMARKS.index("MMMU")],
+    }
+    assert shown["AI2D (mask)"]["dataset"]["type"] == "AI2D", "a name, and no data set"
+    assert eval_results_files(release("w4"), found) == {}
 
 
 def test_awq_is_told_apart_from_the_other_form() -> None:
@@ -260,3 +323,58 @@ def test_everything_of_the_published_card_is_there(shared_data: Path) -> None:
     for fact in facts:
         assert fact in seed, f"the published card does not say {fact}"
         assert fact in text, fact
+
+
+def made(
+    folder: Path, stage: str, files: Mapping[str, str | bytes], **parents: Artifact
+) -> Artifact:
+    inputs = {role: parent.as_parent() for role, parent in parents.items()}
+    with new_artifact(folder / "artifacts" / stage, stage, {}, inputs, {}) as writer:
+        writer.facts["exactness"] = {"layers": 14, "codes": 0}
+        for path, content in files.items():
+            (writer.path / path).parent.mkdir(parents=True, exist_ok=True)
+            data = content.encode() if isinstance(content, str) else content
+            (writer.path / path).write_bytes(data)
+    return read_artifact(folder / "artifacts" / stage)
+
+
+def test_the_card_of_a_run_states_what_its_evaluation_recorded(tmp_path: Path) -> None:
+    config = load_config(ROOT / "configs/toy.yaml", [f"run_dir={tmp_path}"])
+    student = made(tmp_path, "w4", {"model/a": "1"})
+    weights = {"model/config.json": b"{}", "model/model.safetensors": save({"a": torch.ones(3)})}
+    model = made(tmp_path, "release-w4", weights, model=student)
+    answers = {"mmbench": [True, False], "ai2d": [True, False], "pope": [True, False]}
+    files = recorded_files("w4", answers)
+    results = json.loads(files["results.json"])
+    place = {"repository": "lmms-lab/MMBench", "revision": "c" * 40, "config": "en", "split": "dev"}
+    results["benchmarks"]["mmbench"] |= {
+        "headline": {"metric": "official.circular", "percent": 50.0},
+        "source": {**place, "prompt": "grace", "part": False, "declared": True},
+    }
+    results["benchmarks"]["ai2d"] |= {
+        "part_of": [3088],
+        "source": {"repository": None, "prompt": "grace", "part": False, "declared": False},
+    }
+    results["benchmarks"]["pope"] |= {"headline": {"metric": "official.mean_f1", "percent": 61.0}}
+    files["results.json"] = json.dumps(results)
+    evaluation = made(tmp_path, "evaluate-w4", files, model=model)
+    (content,) = contents_of(config, {"w4": model}, {"w4": evaluation})
+    named = {name for name in content.files if name.startswith(".eval_results")}
+    assert named == {".eval_results/mmbench.yaml"}
+    card = content.files["README.md"]
+    assert isinstance(card, bytes)
+    text = card.decode()
+    assert "greedy answers to GRACE-style prompts" in text
+    assert "| Model | mmbench | ai2d (2 of 3,088 items) | pope |" in text
+    assert "| MMBench | `lmms-lab/MMBench` at `cccccccccccc`, en, dev | GRACE | Circular" in text
+    assert "| AI2D (mask) | **a part: 2 of 3,088 items**; no data set of the Hub | GRACE |" in text
+    assert "| POPE | no data set of the Hub | its own | F1 |" in text, "nothing was recorded"
+    (index,) = ModelCard(text).data.to_dict()["model-index"]
+    found = [each["dataset"] for each in index["results"]]
+    assert found == [
+        {
+            **{"name": "MMBench", "type": "lmms-lab/MMBench", "revision": "c" * 40},
+            **{"config": "en", "split": "dev"},
+        },
+        {"name": "POPE", "type": "pope"},
+    ]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from grace_core.config.section import Float, PositiveInt, Section
 
@@ -28,6 +28,12 @@ BenchmarkName = Literal[
 ]
 
 PromptStyle = Literal["llava", "qwen3-vl", "vlmevalkit", "grace"]
+
+
+Percent = Annotated[Float, Field(ge=0.0, le=100.0)]
+
+OTHERS = "others"
+"""Benchmarks without a limit of their own."""
 
 
 class ChosenBenchmark(Section):
@@ -55,7 +61,9 @@ class ChosenBenchmark(Section):
         None, description="folder below which pictures that rows name by path lie; null: the rows'"
     )
     items: PositiveInt | None = Field(
-        None, description="questions, from the first; null: as for all benchmarks"
+        None,
+        description="questions, from the first, each with all its items (MMBench's rotations); "
+        "null: as for all benchmarks",
     )
     prompt: PromptStyle | None = Field(
         None, description="style of the prompts; null: as for all benchmarks"
@@ -83,7 +91,11 @@ class Gate(Section):
         "95 % interval, so that reaching them is shown; the upper end, so that only a shortfall "
         "that is shown counts",
     )
-    complete: bool = Field(True, description="every item of every benchmark must have an answer")
+    complete: bool = Field(
+        True,
+        description="every item of every benchmark must have an answer; a part of a benchmark is "
+        "not enough",
+    )
     floors: dict[str, Float] = Field(
         {}, description="percent at least, by benchmark or for `average`"
     )
@@ -91,15 +103,25 @@ class Gate(Section):
     min_gain: Float | None = Field(
         None, description="points of the average at least above the baseline's; null: any"
     )
-    max_parse_failures: Float | None = Field(
-        None,
-        ge=0,
-        le=100,
-        description="percent of a benchmark's answers at most that nothing can be read from",
+    max_parse_failures: dict[str, Percent] = Field(
+        {},
+        description="percent of a benchmark's answers at most that nothing can be read from, by "
+        "benchmark or for all `others`; one number is that of all",
     )
     override: str | None = Field(
         None, min_length=1, description="why it is published all the same; recorded with it"
     )
+
+    @field_validator("max_parse_failures", mode="before")
+    @classmethod
+    def _one_for_all(cls, value: Any) -> Any:
+        if value is None:
+            return {}
+        return {OTHERS: value} if isinstance(value, int | float) else value
+
+    def most_parse_failures(self, benchmark: str) -> float | None:
+        """Percent of its answers; None: any."""
+        return self.max_parse_failures.get(benchmark, self.max_parse_failures.get(OTHERS))
 
 
 class Evaluation(Section):

@@ -12,6 +12,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from grace_core.config.evaluation import OTHERS
+
 if TYPE_CHECKING:
     from grace_core.config.training import TrainingStage
     from grace_core.config.tree import GraceConfig
@@ -135,11 +137,17 @@ def _benchmarks_from_one_place(config: GraceConfig) -> Iterator[str]:
 
 
 def _gate_asks_for_what_is_measured(config: GraceConfig) -> Iterator[str]:
-    floors, benchmarks = config.evaluation.gate.floors, config.evaluation.names
-    for name in floors:
+    gate, benchmarks = config.evaluation.gate, config.evaluation.names
+    for name in gate.floors:
         if name != "average" and name not in benchmarks:
             known = ", ".join(("average", *benchmarks))
             yield f"evaluation.gate.floors: nothing is scored on {name}; there are {known}"
+    for name in gate.max_parse_failures:
+        if name not in (OTHERS, *benchmarks):
+            yield (
+                f"evaluation.gate.max_parse_failures: nothing is scored on {name}; there are "
+                f"{', '.join(benchmarks)}, and {OTHERS} for all that are not named"
+            )
 
 
 def _group_size_divides_widths(config: GraceConfig) -> Iterator[str]:

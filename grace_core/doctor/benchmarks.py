@@ -31,7 +31,8 @@ class Size:
 
 
 def missing_benchmarks(config: GraceConfig) -> Iterator[Finding]:
-    """Benchmarks that are not at the path that is given, and those of the Hub without a commit."""
+    """Benchmarks that are not at the path that is given, those of the Hub without a commit, and
+    those that are asked in part."""
     unpinned = []
     for each in config.evaluation.benchmarks:
         if each.path is not None:
@@ -45,6 +46,18 @@ def missing_benchmarks(config: GraceConfig) -> Iterator[Finding]:
             AREA,
             f"evaluation.benchmarks: {', '.join(unpinned)} come from the Hub as they are that day",
             "pin `revision` to a commit of each, for scores that can be compared later",
+        )
+    limited = [
+        each.name
+        for each in config.evaluation.benchmarks
+        if (each.items or config.evaluation.items) is not None and not _is_generated(each)
+    ]
+    if limited and config.publish.enabled and config.evaluation.gate.complete:
+        yield warning(
+            AREA,
+            f"evaluation.items: a part is asked of {', '.join(limited)}, and the regression gate "
+            "lets no part of a benchmark pass",
+            "for a run that is to publish, leave `items` out",
         )
 
 

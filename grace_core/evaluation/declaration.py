@@ -143,10 +143,16 @@ class Benchmark:
     max_new_tokens: Mapping[Kind, int] = field(default_factory=dict)
     """Tokens of an answer at most, by kind."""
 
+    metric_titles: Mapping[str, str] = field(default_factory=dict)
+    """What the field calls the headlines that are no plain accuracy."""
+
     group: Callable[[Gold], str | None] | None = None
     """An item's group, where the headline counts groups of which every item is right, and None for
-    an item that the headline leaves out: how reports draw when they say how sure a number is.
-    Without it every item counts for itself."""
+    an item that the headline leaves out. Without it every item counts for itself."""
+
+    cluster: Callable[[Gold], str] | None = None
+    """What items have in common, so that reports draw them together when they say how sure a number
+    is; None: their first picture."""
 
     keep: Callable[[Row], bool] = lambda row: True
     """Whether a row belongs to the benchmark; the others are neither asked nor expected."""
@@ -154,8 +160,8 @@ class Benchmark:
     rows: int | None = None
     """Items of the declared source; None where they are generated."""
 
-    other_rows: tuple[int, ...] = ()
-    """Items of further splits and copies; any other number is a part, and said to be one."""
+    other_sizes: Callable[[Sequence[Gold]], tuple[int, ...]] = lambda golds: ()
+    """Items of the further splits and copies that golds such as these may be the whole of."""
 
     licence: str = ""
     """Of the data, as their authors name it."""

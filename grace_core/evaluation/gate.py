@@ -107,15 +107,23 @@ def _completeness(gate: Gate, model: RecordedModel) -> Iterator[Check]:
         return
     for name, score in model.scores.items():
         refused = score.headline_refused
+        problem = None
+        if refused is not None:
+            problem = f"{model.key}, {name}: no number, {refused}"
+        elif score.part is not None:
+            problem = (
+                f"{model.key}, {name}: {score.part}, which is not the whole benchmark; leave out "
+                "evaluation.items, and name its whole data"
+            )
         yield Check(
             model=model.key,
             demand="complete",
             on=name,
             needed=100.0,
-            found=100.0 * score.answered / score.total,
+            found=100.0 * score.answered / max(score.total, *score.part_of, 1),
             unit="% answered",
-            passed=score.headline is not None,
-            problem=None if refused is None else f"{model.key}, {name}: no number, {refused}",
+            passed=problem is None,
+            problem=problem,
         )
 
 
@@ -162,25 +170,31 @@ def _plain_gain(
 
 
 def _parse_failures(gate: Gate, model: RecordedModel) -> Iterator[Check]:
-    if gate.max_parse_failures is None:
-        return
     for name, score in model.scores.items():
+        limit = gate.most_parse_failures(name)
+        if limit is None:
+            continue
         found = 100.0 * score.parse_failures / score.answered if score.answered else None
-        passed = found is not None and found <= gate.max_parse_failures
+        passed = found is not None and found <= limit
         problem = None
         if found is None:
             problem = f"{model.key}, {name}: no answer at all"
         elif not passed:
             problem = (
                 f"{model.key}, {name}: nothing can be read from {found:.2f} % of the answers "
-                f"({score.parse_failures} of {score.answered}), "
-                f"{found - gate.max_parse_failures:.2f} above {gate.max_parse_failures:g} %"
+                f"({score.parse_failures} of {score.answered}), {found - limit:.2f} above "
+                f"{limit:g} %"
             )
+            if score.cut_off:
+                problem += (
+                    f"; {score.cut_off} of them were cut off, which more tokens "
+                    "(evaluation.max_new_tokens) may mend"
+                )
         yield Check(
             model=model.key,
             demand="parse failures",
             on=name,
-            needed=gate.max_parse_failures,
+            needed=limit,
             found=found,
             unit="% unreadable",
             passed=passed,

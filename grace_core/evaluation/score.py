@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,19 @@ class ItemScore:
     counted: bool = True
     """Whether the headline counts the item."""
 
+    cluster: str | None = None
+    """What the item has in common with others that are drawn with it; None: nothing is known."""
+
+    cut_off: bool = False
+    """Whether the response ended at its budget."""
+
     def to_dict(self) -> dict[str, Any]:
         """`{"id", "response", "error", "answer", "correct"}`; None where there is no such thing.
 
         Where they say something: `credit`, what a partly right answer counts; `group`, of items
-        that stand or fall together under the headline; `counted`, false for an item it leaves out.
+        that stand or fall together under the headline; `counted`, false for an item it leaves out;
+        `cluster`, of items that are drawn together; `cut_off`, true for a response that ended at
+        its budget.
         """
         judged = self.reading is not None and bool(self.gold.answers)
         record: dict[str, Any] = {
@@ -49,6 +57,10 @@ class ItemScore:
             record["group"] = self.group
         if not self.counted:
             record["counted"] = False
+        if self.cluster is not None:
+            record["cluster"] = self.cluster
+        if self.cut_off:
+            record["cut_off"] = True
         return record
 
 
@@ -73,6 +85,12 @@ class BenchmarkScore:
     rules: tuple[RuleScore, ...]
     headline_refused: str | None
     """Why no number may stand for the benchmark."""
+
+    part_of: tuple[int, ...] = ()
+    """Sizes that the whole benchmark has, where these items are a part; () where they are it.
+
+    A score of a part is no score of the benchmark, however complete.
+    """
 
     @property
     def total(self) -> int:
@@ -101,6 +119,14 @@ class BenchmarkScore:
         return sum(item.reading is not None and not item.reading.answer for item in self.items)
 
     @property
+    def cut_off(self) -> int:
+        """Of the parse failures, the responses that ended at their budget."""
+        return sum(
+            item.cut_off and item.reading is not None and not item.reading.answer
+            for item in self.items
+        )
+
+    @property
     def headlines(self) -> Metrics:
         """The metrics that stand for the benchmark, the headline first; none where refused."""
         if self.headline_refused is not None:
@@ -120,21 +146,13 @@ class BenchmarkScore:
         return None if self.headline is None else self.headline[1].percent
 
     @property
-    def part_of(self) -> tuple[int, ...]:
-        """Sizes of the whole benchmark where these items are another number; () where they are it.
-
-        A score of a part is no score of the benchmark, however complete.
-        """
-        if self.benchmark.rows is None:
-            return ()
-        sizes = (self.benchmark.rows, *self.benchmark.other_rows)
-        return () if self.total in sizes else sizes
-
-    @property
     def coverage(self) -> str:
         """For reports: "600 of 600 answered, 2 unreadable"."""
         parts = [f"{self.answered} of {self.total} answered"]
-        counts = {"unreadable": self.parse_failures, "errors": self.errors, "missing": self.missing}
+        if self.parse_failures:
+            cut = f" ({self.cut_off} of them cut off)" if self.cut_off else ""
+            parts.append(f"{self.parse_failures} unreadable{cut}")
+        counts = {"errors": self.errors, "missing": self.missing}
         parts += [f"{count} {what}" for what, count in counts.items() if count]
         if self.part_of:
             parts.append(f"the benchmark has {' or '.join(map(str, self.part_of))}")
@@ -160,6 +178,7 @@ class BenchmarkScore:
             "errors": self.errors,
             "missing": self.missing,
             "parse_failures": self.parse_failures,
+            "cut_off": self.cut_off,
             "part_of": list(self.part_of),
             "headline": headlines[0] if headlines else None,
             "further_headlines": headlines[1:],
@@ -173,11 +192,21 @@ def score(
     golds: Sequence[Gold],
     predictions: Iterable[Prediction],
     aside: Collection[str] = (),
+    *,
+    part: bool = False,
+    declared: bool = False,
+    budgets: Mapping[str, int] | None = None,
+    pictures: Mapping[str, str] | None = None,
 ) -> BenchmarkScore:
     """Judge predictions by every rule of the benchmark.
 
     golds: of the rows, in order. aside: ids of those that the benchmark leaves out; where they were
         answered they have metrics of their own, but they are never expected.
+    part: whether items were left out.
+    declared: whether the items are of the place that the benchmark declares; otherwise their number
+        tells too whether they are a part.
+    budgets: tokens of a response at most, by kind, where they are known.
+    pictures: the key of the first picture, by item, where pictures are known.
 
     Raises GraceError when an item has two predictions or a prediction has no item, which happens
     when files of different runs are mixed.
@@ -202,6 +231,10 @@ def score(
                 readings.get(gold.id),
                 group,
                 counted=benchmark.group is None or group is not None,
+                cluster=benchmark.cluster(gold)
+                if benchmark.cluster
+                else (pictures or {}).get(gold.id),
+                cut_off=_cut_off(found.get(gold.id), (budgets or {}).get(gold.kind)),
             )
             for gold, group in grouped
             if gold.id not in aside
@@ -210,7 +243,26 @@ def score(
         rules.append(RuleScore(rule, tuple(unread)))
         if benchmark.headline[0].startswith(f"{rule.name}."):
             items = scored
-    return BenchmarkScore(benchmark, items, metrics, tuple(rules), _refusal(items))
+    wanted = [gold for gold in golds if gold.id not in aside]
+    part_of = _part_of(benchmark, wanted, part, declared)
+    return BenchmarkScore(benchmark, items, metrics, tuple(rules), _refusal(items), part_of)
+
+
+def _cut_off(prediction: Prediction | None, budget: int | None) -> bool:
+    if prediction is None or prediction.tokens is None or budget is None:
+        return False
+    return prediction.tokens >= budget
+
+
+def _part_of(
+    benchmark: Benchmark, golds: Sequence[Gold], part: bool, declared: bool
+) -> tuple[int, ...]:
+    if benchmark.rows is None:
+        return ()
+    if declared:
+        return (benchmark.rows,) if part else ()
+    sizes = (benchmark.rows, *benchmark.other_sizes(golds))
+    return sizes if part or len(golds) not in sizes else ()
 
 
 def _by_id(

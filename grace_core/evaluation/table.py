@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 from rich.table import Table
 
@@ -35,6 +35,9 @@ class ResultRow:
     title: str = ""
     """What the row is called; empty: the label's title."""
 
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """What was asked of the benchmarks that were not asked whole: "50 of 1,500 items"."""
+
     published: Mapping[str, float | None] | None = None
     """Figures published for such a model, by benchmark and for "average"; a row below."""
 
@@ -59,6 +62,11 @@ class ResultsTable:
     def benchmarks(self) -> list[str]:
         return list(self.rows[0].scores)
 
+    def part(self, benchmark: str) -> str | None:
+        """What was asked of a benchmark that was not asked whole."""
+        found = dict.fromkeys(row.parts[benchmark] for row in self.rows if benchmark in row.parts)
+        return "; ".join(found) or None
+
     def gain(self, row: ResultRow) -> float | None:
         """Percentage points of the average above the baseline's."""
         baseline = self._average("baseline")
@@ -73,17 +81,19 @@ class ResultsTable:
             return None
         return 100.0 * row.average / bf16
 
-    def to_dict(self) -> dict[str, dict[str, dict[str, float | None]]]:
+    def to_dict(self) -> dict[str, Any]:
         """`{"rows": {label: {benchmark: percent, ..., "average": percent}}}`, not rounded.
 
-        `held_out_loss` is added to the rows that have it.
+        `held_out_loss` is added to the rows that have it, `parts` (benchmark -> what was asked of
+        it) where benchmarks were not asked whole.
         """
         rows: dict[str, dict[str, float | None]] = {}
         for row in self.rows:
             rows[row.label] = {**row.scores, "average": row.average}
             if row.held_out_loss is not None:
                 rows[row.label]["held_out_loss"] = row.held_out_loss
-        return {"rows": rows}
+        parts = {name: part for name in self.benchmarks if (part := self.part(name))}
+        return {"rows": rows, "parts": parts} if parts else {"rows": rows}
 
     def to_markdown(self) -> str:
         """A table in GitHub's Markdown; the best released model of each column in bold."""
@@ -106,7 +116,7 @@ class ResultsTable:
     def to_rich(self) -> Table:
         """The same table for a terminal."""
         header, *body = self._cells()
-        table = Table(title="Accuracy in percent")
+        table = Table(title="Scores in percent")
         table.add_column(header[0])
         for name in header[1:]:
             table.add_column(name, justify="right")
@@ -125,7 +135,10 @@ class ResultsTable:
     def _cells(self) -> list[list[str]]:
         has_loss = any(row.held_out_loss is not None for row in self.rows)
         loss = ["Held-out loss"] if has_loss else []
-        cells = [["Model", *self.benchmarks, "Average", "vs baseline", "of BF16", *loss]]
+        heads = [
+            f"{name} ({part})" if (part := self.part(name)) else name for name in self.benchmarks
+        ]
+        cells = [["Model", *heads, "Average", "vs baseline", "of BF16", *loss]]
         for row in self.rows:
             values = [_show(score) for score in [*row.scores.values(), row.average]]
             values += [_show(self.gain(row), "+.1f"), _show(self.kept(row), ".1f", " %")]

@@ -35,21 +35,25 @@ def model_card(release: Release, results: Results) -> str:
 
 
 def eval_results_files(release: Release, results: Results) -> dict[str, str]:
-    """`.eval_results/<benchmark>.yaml` by file name, of the benchmarks with a data set on the Hub.
+    """`.eval_results/<benchmark>.yaml` by file name, of the benchmarks that were asked whole, from
+    their own data set on the Hub.
 
     The form of https://huggingface.co/docs/hub/eval-results.
     """
     files = {}
-    for name, score in results.scores.items():
+    for name, score in results.whole.items():
         benchmark = results.facts(name)
-        if score is None or benchmark.dataset is None:
+        if benchmark.dataset is None or not benchmark.declared:
             continue
+        config = benchmark.config
         entry = EvalResultEntry(
             dataset_id=benchmark.dataset,
-            task_id=benchmark.task,
+            task_id="default" if config in (None, "*") else config,
             value=round(score, 2),
+            dataset_revision=benchmark.revision,
             date=results.date,
-            notes="accuracy in percent; greedy decoding, no tools",
+            notes=f"{benchmark.metric} in percent; split {benchmark.split}, prompts in the style "
+            f"{benchmark.prompt}, greedy decoding, no tools",
         )
         text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False)
         files[f"{EVAL_RESULTS}/{name}.yaml"] = text
@@ -69,7 +73,7 @@ def release_manifest(release: Release, results: Results) -> str:
         "teacher": release.teacher,
         "dataset": release.dataset,
         "licence": release.licence,
-        "scores": dict(results.scores),
+        "scores": {name: results.whole.get(name) for name in results.scores},
         "training": dict(release.training),
         "quantization": None
         if quantization is None
@@ -93,14 +97,17 @@ def _metadata(release: Release, results: Results) -> ModelCardData:
     found = [
         EvalResult(
             task_type="image-text-to-text",
-            dataset_type=results.facts(name).dataset or name,
-            dataset_name=results.facts(name).title,
-            metric_type="accuracy",
-            metric_name="Accuracy (percent)",
+            dataset_type=asked.dataset or name,
+            dataset_name=asked.title,
+            dataset_config=asked.config,
+            dataset_split=asked.split,
+            dataset_revision=asked.revision,
+            metric_type=asked.metric.lower().replace(" ", "_"),
+            metric_name=f"{asked.metric[0].upper()}{asked.metric[1:]} (percent)",
             metric_value=round(score, 2),
         )
-        for name, score in results.scores.items()
-        if score is not None
+        for name, score in results.whole.items()
+        for asked in [results.facts(name)]
     ]
     return ModelCardData(
         model_name=release.name,

@@ -55,14 +55,31 @@ class Quantization:
 
 @dataclass(frozen=True)
 class BenchmarkFacts:
-    """What is called how, and where it is on the Hub."""
+    """What was asked of a benchmark, and how it was scored."""
 
     title: str
     dataset: str | None = None
-    """Hub id; None where it is not there."""
+    """Hub id of the data set that the items came from; None where they came from none."""
 
-    task: str = "default"
-    """The data set's configuration, where it has several."""
+    revision: str | None = None
+    """The data set's commit."""
+
+    config: str | None = None
+    """The data set's configuration; None where there is only one, "*" for all."""
+
+    split: str | None = None
+
+    declared: bool = False
+    """Whether that is the benchmark's own data set, configuration and split."""
+
+    part: str | None = None
+    """What was asked, such as "50 of 1,500 items", where that is not the whole benchmark."""
+
+    prompt: str | None = None
+    """Style of the prompts; None where the benchmark has words of its own, or it is not known."""
+
+    metric: str = "accuracy"
+    """What the score is, in percent."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +103,15 @@ class Results:
 
     def facts(self, name: str) -> BenchmarkFacts:
         return self.benchmarks.get(name, BenchmarkFacts(name))
+
+    @property
+    def whole(self) -> dict[str, float]:
+        """The scores that may be called the benchmark's: there is one, and not of a part."""
+        return {
+            name: score
+            for name, score in self.scores.items()
+            if score is not None and self.facts(name).part is None
+        }
 
 
 @dataclass(frozen=True)

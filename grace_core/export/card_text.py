@@ -31,10 +31,13 @@ _PRECISION = {
 }
 
 
+_STYLES = {"llava": "LLaVA", "qwen3-vl": "Qwen3-VL", "vlmevalkit": "VLMEvalKit", "grace": "GRACE"}
+
+
 def body(release: Release, results: Results) -> str:
     """Everything below the metadata."""
     sections = [
-        _introduction(release),
+        _introduction(release, results),
         _results(release, results),
         _zoo(release),
         _intended_use(release),
@@ -50,7 +53,7 @@ def body(release: Release, results: Results) -> str:
     return "\n\n".join(sections) + "\n"
 
 
-def _introduction(release: Release) -> str:
+def _introduction(release: Release, results: Results) -> str:
     kind = (
         "a full-precision vision-language model distilled"
         if release.quantization is None
@@ -67,8 +70,7 @@ def _introduction(release: Release) -> str:
         "Parameters": _in_short(release.parameters),
         "Weight files": _in_bytes(release.size),
         "Training data": release.dataset,
-        "Evaluation protocol": "greedy answers to LLaVA-style prompts, scored by each benchmark's "
-        "own rule",
+        "Evaluation protocol": _protocol(results),
     }
     return (
         f"# {release.name}\n\n"
@@ -88,6 +90,31 @@ def _in_bytes(size: int) -> str:
     return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
+def _protocol(results: Results) -> str:
+    styles = dict.fromkeys(
+        prompt for name in results.scores if (prompt := results.facts(name).prompt) is not None
+    )
+    shown = " and ".join(f"{_STYLES.get(style, style)}-style" for style in styles)
+    asked = f"greedy answers to {shown} prompts" if styles else "greedy answers"
+    return f"{asked}, scored by each benchmark's own rule"
+
+
+def _asked(results: Results) -> str:
+    """Where the questions came from, how they were worded, and what the scores are."""
+    lines = ["| Benchmark | Questions | Prompts | Score |", "|---|---|---|---|"]
+    for name in results.scores:
+        facts = results.facts(name)
+        place = "no data set of the Hub"
+        if facts.dataset is not None:
+            commit = f" at `{facts.revision[:12]}`" if facts.revision else ""
+            names = ", ".join(filter(None, (facts.config, facts.split)))
+            place = f"`{facts.dataset}`{commit}{f', {names}' if names else ''}"
+        part = "" if facts.part is None else f"**a part: {facts.part}**; "
+        prompt = "its own" if facts.prompt is None else _STYLES.get(facts.prompt, facts.prompt)
+        lines.append(f"| {facts.title} | {part}{place} | {prompt} | {facts.metric} |")
+    return "\n".join(lines)
+
+
 def _results(release: Release, results: Results) -> str:
     measured = (
         "on the released files, reloaded from disk"
@@ -97,11 +124,13 @@ def _results(release: Release, results: Results) -> str:
     )
     parts = [
         "## Results",
-        f"Accuracy in percent {measured}. The teacher is a reference, the baseline the student "
+        f"Scores in percent {measured}. The teacher is a reference, the baseline the student "
         "before training.",
         results.table,
+        *([results.summary] if results.summary else []),
+        _asked(results),
     ]
-    return "\n\n".join([*parts, *([results.summary] if results.summary else [])])
+    return "\n\n".join(parts)
 
 
 def _zoo(release: Release) -> str:

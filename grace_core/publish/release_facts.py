@@ -12,7 +12,8 @@ from grace_core.artifacts import Artifact
 from grace_core.config.names import repository_name
 from grace_core.config.training import BITS, TrainingStage
 from grace_core.config.tree import GraceConfig
-from grace_core.evaluation.benchmarks import BENCHMARKS
+from grace_core.evaluation.benchmarks import find_benchmark
+from grace_core.evaluation.report.recorded import RecordedModel, ScoreRecord, SourceRecord
 from grace_core.evaluation.table import TITLES, ResultsTable
 from grace_core.export.card_facts import (
     BenchmarkFacts,
@@ -82,25 +83,33 @@ def release_facts(
     )
 
 
-def results_of(label: str, table: ResultsTable, evaluation: Artifact) -> Results:
+def results_of(model: RecordedModel, table: ResultsTable, date: str) -> Results:
     """What was measured of a release, as its card says it."""
-    row = next(row for row in table.rows if row.label == label)
-    known = {name: BENCHMARKS[name] for name in row.scores if name in BENCHMARKS}
+    row = next(row for row in table.rows if row.label == model.label)
     return Results(
         scores=row.scores,
         table=table.to_markdown(),
         summary=_summary(table),
-        benchmarks={
-            name: BenchmarkFacts(each.title)
-            if each.source is None
-            else BenchmarkFacts(
-                each.title,
-                each.source.repository,
-                each.source.config if each.source.config not in (None, "*") else "default",
-            )
-            for name, each in known.items()
-        },
-        date=evaluation.manifest.created,
+        benchmarks={name: _benchmark_facts(name, score) for name, score in model.scores.items()},
+        date=date,
+    )
+
+
+def _benchmark_facts(name: str, score: ScoreRecord) -> BenchmarkFacts:
+    """As it was recorded; of what was not recorded, nothing is claimed."""
+    declared = find_benchmark(name)
+    asked = score.source or SourceRecord()
+    metric = score.headline.metric if score.headline else ""
+    return BenchmarkFacts(
+        title=declared.title,
+        dataset=asked.repository,
+        revision=asked.revision,
+        config=asked.config,
+        split=asked.split,
+        declared=asked.declared,
+        part=score.part,
+        prompt=asked.prompt,
+        metric=declared.metric_titles.get(metric, "accuracy"),
     )
 
 

@@ -13,7 +13,7 @@ from grace_core.config.names import index_repository, repository_name
 from grace_core.config.publish import HubDestination
 from grace_core.config.tree import GraceConfig
 from grace_core.evaluation.report.document import published_beside, table_of_models
-from grace_core.evaluation.report.recorded import find_recorded
+from grace_core.evaluation.report.recorded import RecordedModel, find_recorded
 from grace_core.evaluation.table import ResultsTable
 from grace_core.export.card import eval_results_files, model_card, release_manifest
 from grace_core.export.release import MODEL_FOLDER, release_folders
@@ -106,10 +106,13 @@ def contents_of(
 
     Raises GraceError where a release is not fit to publish.
     """
-    table = table_of(evaluations)
+    models = find_recorded([item.path for item in evaluations.values()])
+    table = table_of_models(models, published_beside(models))
+    recorded: dict[str, RecordedModel] = {model.label: model for model in models}
     contents = []
     for label, artifact in releases.items():
-        results = results_of(label, table, evaluations[label])
+        date = evaluations[label].manifest.created
+        results = results_of(recorded[label], table, date)
         for suffix, folder in release_folders(artifact.path).items():
             release = release_facts(config, label, suffix, releases, evaluations[label])
             documents = {

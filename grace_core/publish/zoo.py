@@ -286,12 +286,15 @@ def _address(config: Mapping[str, Any], repository: str) -> str | None:
 
 
 def _scores(evaluation: Artifact) -> dict[str, float | None]:
-    """Headlines; None where a benchmark has none. Of another version's results, none at all."""
+    """Headlines; None where a benchmark has none, or a part of it was asked. Of another version's
+    results, none at all."""
     file = evaluation.path / "results.json"
     try:
         results = json.loads(file.read_text(encoding="utf-8"))["benchmarks"]
         return {
-            name: None if result["headline"] is None else result["headline"]["percent"]
+            name: None
+            if result["headline"] is None or result.get("part_of")
+            else result["headline"]["percent"]
             for name, result in results.items()
         }
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -32,7 +32,7 @@ from grace_core.evaluation.loading.place import (
     resolve_revision,
 )
 from grace_core.evaluation.loading.prepared import PicturePack, write_items
-from grace_core.evaluation.loading.rows import load_items
+from grace_core.evaluation.loading.rows import load_questions
 from grace_core.evaluation.loading.wanted import wanted
 from grace_core.evaluation.prompts import STYLES
 from grace_core.locks import sole_maker
@@ -57,14 +57,14 @@ def prepare_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
 
     A benchmark of the Hub is known by the commit that its revision was at when this run folder
     first asked, one on this machine by the names, sizes and times of its files; what was read from
-    it, by content.
+    it, by content. The facts say where each came from, how it was worded and whether it was cut.
 
     Raises GraceError where rows do not fit the benchmark or a picture cannot be decoded: without an
     answer to every item a benchmark has no number.
     """
     settings = config.evaluation
     section: dict[str, Any] = {
-        "items": {each.name: each.items or settings.items for each in settings.benchmarks},
+        "questions": {each.name: each.items or settings.items for each in settings.benchmarks},
         "prompts": {each.name: each.prompt or settings.prompt for each in settings.benchmarks},
         "seed": BENCHMARK_SEED,
     }
@@ -142,23 +142,36 @@ def _pack(
     folder = writer.path / chosen.name
     folder.mkdir()
     with PicturePack(folder) as pack:
-        items = load_items(
+        questions = load_questions(
             find_benchmark(chosen.name),
             place,
             limit=chosen.items or settings.items,
             style=STYLES[chosen.prompt or settings.prompt],
             store=pack,
         )
-    write_items(items, folder)
-    writer.metrics[f"{chosen.name}/items"] = float(len(items))
+    write_items(questions.items, folder)
+    writer.metrics[f"{chosen.name}/items"] = float(len(questions.items))
     writer.metrics[f"{chosen.name}/pictures"] = float(pack.count)
-    known: Mapping[str, str | None] = {
+    writer.facts[chosen.name] = {
         "repository": place.repository,
         "revision": place.revision,
-        "prompt": chosen.prompt or settings.prompt,
+        "config": place.config,
+        "split": place.split,
+        "prompt": None if _is_generated(chosen) else chosen.prompt or settings.prompt,
+        "part": questions.part,
+        "declared": _is_declared(chosen, place),
     }
-    writer.facts[chosen.name] = dict(known)
-    return items
+    return questions.items
+
+
+def _is_declared(chosen: ChosenBenchmark, place: Place) -> bool:
+    """Whether the rows are those of the place that the benchmark declares."""
+    source = find_benchmark(chosen.name).source
+    return source is not None and (source.repository, source.config, source.split) == (
+        place.repository,
+        place.config,
+        place.split,
+    )
 
 
 def _open_pictures(packed: Mapping[str, list[Item]], context: StageContext) -> None:

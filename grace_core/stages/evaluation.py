@@ -64,7 +64,7 @@ def evaluate(
     )
 
     def make(writer: ArtifactWriter) -> None:
-        _evaluate(job, label, folder, data, writer, context)
+        _evaluate(job, label, folder, benchmarks, data, writer, context)
 
     made = once(config, context, stage, section, parents, make)
     shutil.rmtree(job.work, ignore_errors=True)
@@ -75,6 +75,7 @@ def _evaluate(
     job: AskingJob,
     label: str,
     folder: CheckpointFolder,
+    benchmarks: Artifact,
     data: Artifact | None,
     writer: ArtifactWriter,
     context: StageContext,
@@ -93,8 +94,21 @@ def _evaluate(
     answering = Answering(job, folder, chosen, report)
     results = {}
     for name, predictions in answering.predictions().items():
-        result = score(find_benchmark(name), [item.gold for item in chosen[name]], predictions)
-        results[name] = result.to_dict()
+        source = benchmarks.manifest.facts[name]
+        result = score(
+            find_benchmark(name),
+            [item.gold for item in chosen[name]],
+            predictions,
+            part=source["part"],
+            declared=source["declared"],
+            budgets=budgets(job.config, name),
+            pictures={
+                item.id: item.question.pictures[0].key
+                for item in chosen[name]
+                if item.question.pictures
+            },
+        )
+        results[name] = result.to_dict() | {"source": source}
         if result.accuracy is not None:
             writer.metrics[name] = result.accuracy
         writer.metrics[f"{name}/parse_failures"] = float(result.parse_failures)

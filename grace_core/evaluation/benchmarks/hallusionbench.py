@@ -80,6 +80,11 @@ def _metrics(marked: Sequence[Marked]) -> Metrics:
     return found
 
 
+def _of_pictures(golds: Sequence[Gold]) -> tuple[int, ...]:
+    """The questions that all have a picture are a set of their own."""
+    return (951,) if all(gold.fields["picture"] == "yes" for gold in golds) else ()
+
+
 HALLUSIONBENCH = Benchmark(
     name="hallusionbench",
     title="HallusionBench",
@@ -97,8 +102,9 @@ HALLUSIONBENCH = Benchmark(
     metrics=_metrics,
     headline=("policy.answered_rows_with_image.aAcc", "policy.answered_rows_all.aAcc"),
     group=lambda gold: gold.id if gold.fields["picture"] == "yes" else None,
+    cluster=lambda gold: "_".join(gold.fields[name] for name in _SET),
     max_new_tokens={"yesno": 128},
     rows=1129,
-    other_rows=(951,),  # those with a picture
+    other_sizes=_of_pictures,
     licence="BSD-3-Clause",
 )

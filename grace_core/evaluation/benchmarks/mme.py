@@ -113,6 +113,10 @@ MME = Benchmark(
     ),
     metrics=_metrics,
     headline=("official.total", "official.perception", "official.accuracy"),
+    metric_titles={
+        "official.total": "MME score",
+        "official.perception": "MME perception score",
+    },
     max_new_tokens={"yesno": 16},
     rows=2374,
     licence="for research; see its authors' terms",

@@ -107,6 +107,7 @@ POPE = Benchmark(
     ),
     metrics=_metrics,
     headline=("official.mean_f1",),
+    metric_titles={"official.mean_f1": "F1"},
     max_new_tokens={"yesno": 16},
     rows=9000,
     licence="MIT",

@@ -87,6 +87,7 @@ def _vqa(
         rules=(_RULE,),
         metrics=_metrics,
         headline=("official.vqa_accuracy",),
+        metric_titles={"official.vqa_accuracy": "VQA accuracy"},
         max_new_tokens={"open": 16},
         rows=rows,
         licence="CC BY 4.0",

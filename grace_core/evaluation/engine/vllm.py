@@ -102,7 +102,9 @@ class VllmEngine:
             return
         for question, output in zip(questions, outputs, strict=True):
             (answer,) = output.outputs
-            yield Prediction(question.id, answer.text.strip(), tokens=len(answer.token_ids))
+            ended = answer.finish_reason == "stop"  # by a token that is no part of the answer
+            tokens = len(answer.token_ids) - ended
+            yield Prediction(question.id, answer.text.strip(), tokens=tokens)
 
     def _prompt(self, question: Question) -> dict[str, Any]:
         # Ids, so that no second beginning is put before a template's own. One placeholder stands

@@ -63,6 +63,12 @@ class Place:
     revision: str | None = None
     """The repository's commit."""
 
+    config: str | None = None
+    """The repository's configuration; None where it has only one."""
+
+    split: str | None = None
+    """Of the repository."""
+
     picture_files: tuple[Path, ...] = ()
     """Tables of pictures by id, where the rows name pictures only."""
 
@@ -178,6 +184,8 @@ def _of_hub(benchmark: Benchmark, wanted: Wanted) -> Place:
         description=f"{repository} at {commit[:12]}",
         repository=repository,
         revision=commit,
+        config=source.config,
+        split=source.split,
         picture_files=tuple(folder / name for name in tables),
     )
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from grace_core.errors import GraceError
 from grace_core.evaluation.declaration import Benchmark, Column, identified
-from grace_core.evaluation.items import Item, Picture
+from grace_core.evaluation.items import Gold, Item, Picture
 from grace_core.evaluation.loading.cells import (
     EXPECTED,
     AsFound,
@@ -68,18 +68,55 @@ def load_items(
         GraceError: a column is missing or of another type, a row is unusable, a picture is missing
             or outside of its root. Names file, row and column, and all such rows up to ten.
     """
-    reader = _Reader(benchmark, place, store or AsFound())
-    drafts = reader.drafts(limit)
+    return _items(_Reader(benchmark, place, store or AsFound()), limit, None, style)
+
+
+@dataclass(frozen=True)
+class Questions:
+    """The first questions of a benchmark, each with all its items."""
+
+    items: list[Item]
+    part: bool
+    """Whether others were left out."""
+
+
+def load_questions(
+    benchmark: Benchmark,
+    place: Place,
+    *,
+    limit: int | None,
+    style: PromptStyle,
+    store: PictureStore,
+) -> Questions:
+    """As `load_items`, but a question that is asked in several items is taken whole: MMBench's
+    rotations come after all that are not rotated, and its score counts questions.
+
+    limit: so many questions, from the first; None: all.
+    """
+    reader = _Reader(benchmark, place, store)
+    group = None if limit is None else benchmark.group
+    items = _items(reader, limit, group, style)
+    return Questions(items, reader.part)
+
+
+def _items(
+    reader: _Reader,
+    limit: int | None,
+    group: Callable[[Gold], str | None] | None,
+    style: PromptStyle,
+) -> list[Item]:
+    drafts = reader.drafts(limit, group)
     items: list[Item] = []
     for draft in drafts:
         try:
             row = {name: reader.resolved(value) for name, value in draft.values.items()}
-            items.append(benchmark.item(row, draft.item_id, style))
+            items.append(reader.benchmark.item(row, draft.item_id, style))
         except ValueError as error:
             reader.note(f"{draft.where}: {error}")
     reader.raise_problems()
     if not items:
-        raise GraceError(f"{place.description} holds no items of {benchmark.title}; {_REMEDY}")
+        title = reader.benchmark.title
+        raise GraceError(f"{reader.place.description} holds no items of {title}; {_REMEDY}")
     return items
 
 
@@ -92,6 +129,9 @@ class _Reader:
         self.pictures: dict[str, Picture] = {}
         """By the id of the row that holds them; of picture tables by their own."""
 
+        self.part = False
+        """Whether kept rows were left out."""
+
         self._names = {
             name: (name, *column.otherwise) for name, column in benchmark.columns.items()
         }
@@ -99,28 +139,54 @@ class _Reader:
         self._seen: set[str] = set()
         self._where = ""
 
-    def drafts(self, limit: int | None) -> list[_Draft]:
-        """The kept rows, up to `limit`, and every picture that they refer to."""
+    def drafts(self, limit: int | None, group: Callable[[Gold], str | None] | None) -> list[_Draft]:
+        """The kept rows of the first `limit` groups (without `group`: the first rows), and every
+        picture that they refer to.
+        """
         self._read_picture_tables()
         drafts: list[_Draft] = []
+        taken: set[str] = set()
         open_references: set[str] = set()
-        for item_id, row in identified(self.benchmark, self._checked_rows()):
-            if not self.benchmark.keep(row):
-                continue
-            full = limit is not None and len(drafts) >= limit
+        for item_id, row in self._kept_rows():
+            one = self._group(row, item_id, group)
+            full = limit is not None and len(taken) >= limit and one not in taken
+            self.part |= full
             if full and not open_references:
-                break
-            values = self._with_pictures(dict(row), item_id)
+                if group is None:
+                    break
+                continue
+            values = self._with_pictures(row, item_id)
             if values is None:
                 continue
             draft = _Draft(self._where, item_id, values)
             if not full:
                 drafts.append(draft)
+                taken.add(one)
                 open_references |= {reference.row for reference in draft.references()}
             open_references -= self.pictures.keys()
-        if limit is None or len(drafts) < limit:
+        if open_references and group is not None:  # to pictures of rows that were passed over
+            for item_id, row in self._kept_rows():
+                if item_id in open_references:
+                    self._with_pictures(row, item_id)
+        if not self.part:
             self._require_columns()
         return drafts
+
+    def _kept_rows(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for item_id, row in identified(self.benchmark, self._checked_rows()):
+            if self.benchmark.keep(row):
+                yield item_id, dict(row)
+
+    def _group(
+        self, row: dict[str, Any], item_id: str, group: Callable[[Gold], str | None] | None
+    ) -> str:
+        """What the row is taken with; itself where that cannot be told."""
+        if group is None:
+            return item_id
+        try:
+            return group(self.benchmark.gold(row, item_id)) or item_id
+        except ValueError:  # told when the row becomes an item
+            return item_id
 
     def resolved(self, value: Any) -> Any:
         """The value with pictures instead of references; raises ValueError where there is none."""

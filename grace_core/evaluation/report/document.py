@@ -37,6 +37,12 @@ class Report:
     def benchmarks(self) -> list[str]:
         return list(dict.fromkeys(name for model in self.models for name in model.scores))
 
+    def heading(self, benchmark: str) -> str:
+        """Its name, and what was asked of it where that is a part."""
+        found = (model.scores[benchmark].part for model in self.models if benchmark in model.scores)
+        parts = dict.fromkeys(part for part in found if part is not None)
+        return f"{benchmark} ({'; '.join(parts)})" if parts else benchmark
+
     def table(self) -> ResultsTable:
         """Raises GraceError where the models were not scored on the same benchmarks."""
         return table_of_models(self.models, self.published)
@@ -95,6 +101,7 @@ class Report:
         return {
             "format": 1,
             "title": self.title,
+            "headings": {name: self.heading(name) for name in self.benchmarks},
             "bootstrap": {"resamples": RESAMPLES, "level_percent": LEVEL, "seed": self.seed},
             "models": models,
             "comparison": asdict(self.comparison),
@@ -132,7 +139,9 @@ def make_report(
 def published_beside(models: Sequence[RecordedModel]) -> Published | None:
     """Published figures for the base model of these; None where they have several, or none."""
     bases = {model.run_config.get("publish", {}).get("base_model") for model in models}
+    # A published figure is of the whole benchmark.
     names = {name for model in models for name in model.scores}
+    names -= {name for model in models for name, score in model.scores.items() if score.part}
     return published_for(bases.pop(), names) if len(bases) == 1 else None
 
 
@@ -146,6 +155,7 @@ def table_of_models(
             scores={name: score.percent for name, score in model.scores.items()},
             held_out_loss=model.held_out_loss,
             title=model.key,
+            parts={name: score.part for name, score in model.scores.items() if score.part},
             published=_published_row(model, published),
         )
         for model in models

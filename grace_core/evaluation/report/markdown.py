@@ -72,12 +72,17 @@ def _coverage(report: Report) -> str:
             model.key,
             name,
             f"{score.answered:,} of {score.total:,}",
-            *(f"{count:,}" for count in (score.parse_failures, score.errors, score.missing)),
+            *(
+                f"{count:,}"
+                for count in (score.parse_failures, score.cut_off, score.errors, score.missing)
+            ),
+            score.part or "",
         ]
         for model in report.models
         for name, score in model.scores.items()
     ]
-    heads = ["Model", "benchmark", "answered", "unreadable", "errors", "missing"]
+    counted = ["answered", "unreadable", "of these cut off", "errors", "missing", "a part"]
+    heads = ["Model", "benchmark", *counted]
     return "\n\n".join(part for part in (_table(heads, rows), _pixels(report)) if part)
 
 

@@ -45,6 +45,9 @@ class ItemRecord(_Recorded):
     counted: bool = True
     """Whether the headline counts the item."""
 
+    cluster: str | None = None
+    """Items of one cluster, such as those about one picture, are drawn together; None: alone."""
+
     @property
     def value(self) -> float:
         """What the answer counts, in [0, 1]."""
@@ -69,6 +72,18 @@ class HeadlineRecord(_Recorded):
     percent: float
 
 
+class SourceRecord(_Recorded):
+    """Where the items came from, and how they were worded; None where there is no such thing."""
+
+    repository: str | None = None
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+    prompt: str | None = None
+    declared: bool = False
+    """Whether it is the place that the benchmark declares."""
+
+
 class ScoreRecord(_Recorded):
     """One model on one benchmark. Counts are items."""
 
@@ -80,6 +95,15 @@ class ScoreRecord(_Recorded):
     errors: int
     missing: int
     parse_failures: int
+    cut_off: int = 0
+    """Of the parse failures, the responses that ended at their budget."""
+
+    part_of: tuple[int, ...] = ()
+    """Sizes that the whole benchmark has, where these items are a part; () where they are it."""
+
+    source: SourceRecord | None = None
+    """None where it was not recorded."""
+
     headline: HeadlineRecord | None
     headline_refused: str | None
     metrics: dict[str, MetricRecord]
@@ -87,6 +111,15 @@ class ScoreRecord(_Recorded):
     @property
     def percent(self) -> float | None:
         return None if self.headline is None else self.headline.percent
+
+    @property
+    def part(self) -> str | None:
+        """ "50 of 1,500 items", where they are not the whole benchmark."""
+        if not self.part_of:
+            return None
+        sizes = " or ".join(f"{size:,}" for size in self.part_of)
+        between = "of" if self.total < min(self.part_of) else "instead of"
+        return f"{self.total:,} {between} {sizes} items"
 
 
 class _Summary(_Recorded):

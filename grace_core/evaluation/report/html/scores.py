@@ -15,7 +15,8 @@ from grace_core.evaluation.report.recorded import RecordedModel
 def results(report: Report) -> str:
     columns = [*report.benchmarks, AVERAGE]
     has_loss = any(model.held_out_loss is not None for model in report.models)
-    heads = ["Model", *columns, *(["held-out loss"] if has_loss else [])]
+    named = [report.heading(name) for name in report.benchmarks]
+    heads = ["Model", *named, AVERAGE, *(["held-out loss"] if has_loss else [])]
     best = {column: _best(report, column) for column in columns}
     rows = []
     for model in report.models:
@@ -32,7 +33,7 @@ def results(report: Report) -> str:
         rows.append(f"<tr>{''.join(cells)}</tr>")
         rows += _published_row(report, model, columns, extra=has_loss)
     caption = (
-        "Accuracy in percent and its interval; the best student of each column is bold. "
+        "Scores in percent and their intervals; the best student of each column is bold. "
         "A head sorts its column."
     )
     note = ""
@@ -90,11 +91,13 @@ def coverage(report: Report) -> str:
     rows = []
     for model in report.models:
         for name, score in model.scores.items():
-            refused = score.headline_refused or ""
+            part = "" if score.part is None else f"a part: {score.part}"
+            notes = "; ".join(filter(None, (score.headline_refused, part)))
             counts = (
                 score.answered,
                 score.total,
                 score.parse_failures,
+                score.cut_off,
                 score.errors,
                 score.missing,
             )
@@ -104,12 +107,13 @@ def coverage(report: Report) -> str:
             )
             rows.append(
                 f'<tr><th scope="row">{escape(model.key)}</th><td>{escape(name)}</td>{cells}'
-                f"<td>{escape(refused)}</td></tr>"
+                f"<td>{escape(notes)}</td></tr>"
             )
-    heads = ["Model", "benchmark", "answered", "of", "unreadable", "errors", "missing", ""]
+    counted = ("answered", "of", "unreadable", "of these cut off", "errors", "missing")
+    heads = ["Model", "benchmark", *counted, ""]
     caption = (
-        "An unreadable answer counts as wrong. Errors and missing items are not answers: where "
-        "there are any, no number stands for the benchmark."
+        "An unreadable answer counts as wrong; one that was cut off had no tokens left. Errors and "
+        "missing items are not answers: where there are any, no number stands for the benchmark."
     )
     return table(heads, rows, caption)
 
