@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from grace_core.errors import GraceError
+from grace_core.evaluation.report import resampling
 from grace_core.evaluation.report.comparison import AVERAGE, Comparison, compare
 from grace_core.evaluation.report.document import make_report
 from grace_core.evaluation.report.published import published_for
@@ -65,6 +66,80 @@ def test_the_interval_of_a_large_sample_is_the_normal_one() -> None:
     assert within.high == pytest.approx(differences.mean() + half, abs=0.06 * half)
 
 
+def clustered(random: np.random.Generator, pictures: int, questions: int) -> np.ndarray:
+    """Answers (pictures x questions, 1), right by what is shown as much as by what is asked.
+
+    A picture's share of right answers is uniform in [0, 1], so half of all answers are right.
+    """
+    hard = random.random((pictures, 1))
+    return (random.random((pictures, questions)) < hard).reshape(-1, 1)
+
+
+def test_intervals_cover_the_truth_where_questions_share_a_picture() -> None:
+    """18 questions about each of 60 pictures, 300 times: 95 % of the intervals should hold 50."""
+    random = np.random.default_rng(5)
+    held = {"pictures": 0, "items alone": 0}
+    for trial in range(300):
+        correct = clustered(random, 60, 18)
+        picture = np.repeat(range(60), 18).tolist()
+        for name, clusters in (("pictures", picture), ("items alone", range(60 * 18))):
+            drawn = resample(
+                correct,
+                range(60 * 18),
+                whole_groups=False,
+                clusters=clusters,
+                seed=trial,
+                name="b",
+                resamples=1000,
+            )
+            within = interval(drawn.draws[:, 0])
+            held[name] += within.low <= 50 <= within.high
+    assert 0.91 <= held["pictures"] / 300 <= 0.98  # three standard errors about 94.5 %
+    assert held["items alone"] / 300 < 0.65
+
+
+def test_groups_are_drawn_with_their_cluster() -> None:
+    """Questions asked in several items, two of them about one picture: every possible draw."""
+    groups, clusters = "aabbccd", "xxxxyyz"
+    correct = np.array([[1, 1], [1, 0], [1, 1], [1, 1], [0, 1], [1, 1], [1, 0]], dtype=bool)
+    of_group = {
+        group: correct[[at for at, one in enumerate(groups) if one == group]].all(axis=0)
+        for group in "abcd"
+    }
+    per_cluster = {"x": "ab", "y": "c", "z": "d"}
+    exact = []
+    for drawn in itertools.product("xyz", repeat=3):
+        chosen = [of_group[group] for cluster in drawn for group in per_cluster[cluster]]
+        exact.append(100 * np.mean(chosen, axis=0))
+    found = resample(
+        correct,
+        groups,
+        whole_groups=True,
+        clusters=clusters,
+        seed=1,
+        name="b",
+        resamples=200_000,
+    )
+    assert found.value.tolist() == [75.0, 50.0]
+    values, counts = np.unique(np.round(exact, 6), axis=0, return_counts=True)
+    for value, count in zip(values, counts, strict=True):
+        share = np.isclose(found.draws, value).all(axis=1).mean()
+        assert abs(share - count / 27) < 0.006, "five standard errors of 200,000 draws"
+
+
+def test_a_large_set_is_drawn_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    correct = clustered(np.random.default_rng(1), 50, 18)
+    clusters = np.repeat(range(50), 18).tolist()
+    found = []
+    for at_once in (10_000_000, 100):
+        monkeypatch.setattr(resampling, "_COUNTS_AT_ONCE", at_once)
+        drawn = resample(
+            correct, range(900), whole_groups=False, clusters=clusters, seed=1, name="b"
+        )
+        found.append(drawn.draws)
+    assert found[0].shape == (10_000, 1) and (found[0] == found[1]).all()
+
+
 def models_of(folder: Path, **answers: dict[str, Answers]) -> list[RecordedModel]:
     return find_recorded(
         [write_recorded(folder / label, label, scores) for label, scores in answers.items()]
@@ -116,6 +191,24 @@ def test_groups_stand_or_fall_together(tmp_path: Path) -> None:
     estimate = comparison.estimates["GRACE W4G128"]["a"]
     assert estimate.value == 50.0 and estimate.interval is not None
     assert (estimate.interval.low, estimate.interval.high) == (0.0, 100.0)
+
+
+def test_items_about_one_picture_are_drawn_together(tmp_path: Path) -> None:
+    folder = write_recorded(tmp_path / "w4", "w4", {"a": [True] * 50 + [False] * 50})
+    alone = compare(find_recorded([folder]), seed=0).estimates["GRACE W4G128"]["a"].interval
+    lines = folder / "predictions" / "a.jsonl"
+    records = [json.loads(line) for line in lines.read_text().splitlines()]
+    for at, record in enumerate(records):
+        record["cluster"] = str(at // 50)
+    lines.write_text("".join(json.dumps(record) + "\n" for record in records))
+    within = compare(find_recorded([folder]), seed=0).estimates["GRACE W4G128"]["a"].interval
+    assert alone is not None and 39 < alone.low < alone.high < 61
+    assert within is not None and (within.low, within.high) == (0.0, 100.0)
+    one = [json.dumps(record | {"cluster": "one"}) + "\n" for record in records]
+    lines.write_text("".join(one))
+    refused = compare(find_recorded([folder]), seed=0)
+    assert refused.estimates["GRACE W4G128"]["a"].interval is None
+    assert "about one picture" in refused.unresampled["a"]
 
 
 def test_partly_right_answers_count_in_part_and_items_may_be_left_out(tmp_path: Path) -> None:

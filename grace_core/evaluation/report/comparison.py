@@ -129,6 +129,9 @@ def _cannot_resample(scored: Sequence[RecordedModel], name: str) -> str | None:
     first = scored[0].items[name]
     if not any(item.counted for item in first):
         return "its headline counts other items than the benchmark's declaration says"
+    counted = [item for item in first if item.counted]
+    if len(counted) > 1 and len({_cluster(item) for item in counted}) == 1:
+        return "all its questions are about one picture, which says nothing of others"
     expected = [(item.id, item.group, item.counted) for item in first]
     for model in scored:
         if [(item.id, item.group, item.counted) for item in model.items[name]] != expected:
@@ -146,9 +149,14 @@ def _draw(
         [[item.value for item in model.items[name] if item.counted] for model in scored]
     ).T
     whole = any(item.group is not None for item in items)
-    groups = [_unit(item) for item in items]
     found: Draws = resample(
-        correct, groups, whole_groups=whole, seed=seed, name=name, resamples=resamples
+        correct,
+        [_unit(item) for item in items],
+        whole_groups=whole,
+        clusters=[_cluster(item) for item in items],
+        seed=seed,
+        name=name,
+        resamples=resamples,
     )
     return {
         model.key: _Sample(float(found.value[at]), found.draws[:, at])
@@ -158,6 +166,10 @@ def _draw(
 
 def _unit(item: ItemRecord) -> tuple[str, str]:
     return ("item", item.id) if item.group is None else ("group", item.group)
+
+
+def _cluster(item: ItemRecord) -> tuple[str, str]:
+    return _unit(item) if item.cluster is None else ("cluster", item.cluster)
 
 
 def _not_as_recorded(

@@ -2,11 +2,12 @@
 
 Items are drawn with replacement, the same ones for every model, so that a difference between two
 models is not blurred by how hard the drawn items are (Efron and Tibshirani, *An Introduction to the
-Bootstrap*, 1993, chapters 8 and 13). Where answers stand or fall in groups, groups are drawn.
+Bootstrap*, 1993, chapters 8 and 13). Answers about one picture are not independent, so clusters are
+drawn, with all their items (Miller, *Adding Error Bars to Evals*, arXiv 2411.00640).
 
-What a draw adds up to depends only on which models were right on each unit. So units are counted by
-that pattern, and drawing n units with replacement is one multinomial draw of the patterns' counts:
-the same distribution, at a cost that does not grow with the number of items.
+What a draw adds up to depends only on how often each model was right in each cluster. So clusters
+are counted by that pattern, and drawing n clusters with replacement is one multinomial draw of the
+patterns' counts: the same distribution, at a cost that does not grow with the number of items.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 RESAMPLES = 10_000
+_COUNTS_AT_ONCE = 10_000_000  # of 8 bytes; large sets have tens of thousands of patterns
 LEVEL = 95.0
 """Per cent of the draws that an interval holds, the same share cut off at both ends."""
 
@@ -48,6 +50,7 @@ def resample(
     groups: Sequence[Hashable],
     *,
     whole_groups: bool,
+    clusters: Sequence[Hashable] | None = None,
     seed: int,
     name: str,
     resamples: int = RESAMPLES,
@@ -56,24 +59,40 @@ def resample(
 
     Args:
         correct: (items, models), in [0, 1].
-        groups: of each item; groups are what is drawn.
+        groups: of each item.
         whole_groups: a group counts once, as right where all its items are; otherwise its items
             count, each for itself.
+        clusters: of each item; what is drawn, a group with its first item. None: groups are.
         seed, name: of the random numbers; each benchmark's name gives it its own.
     """
-    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
-    of_item = np.array([numbers[group] for group in groups])
-    sizes = np.bincount(of_item)
-    right = np.stack(
-        [np.bincount(of_item, weights=column, minlength=len(sizes)) for column in correct.T], axis=1
-    )
+    drawn_with = list(groups if clusters is None else clusters)
     if whole_groups:
-        right, sizes = right == sizes[:, None], np.ones_like(sizes)
+        sizes, right = _sums(correct, groups)
+        correct = right == sizes[:, None]
+        first = dict(zip(reversed(groups), reversed(drawn_with), strict=True))
+        drawn_with = [first[group] for group in dict.fromkeys(groups)]
+    sizes, right = _sums(correct, drawn_with)
     units = np.concatenate([sizes[:, None], right], axis=1)
     patterns, counts = np.unique(units, axis=0, return_counts=True)
     random = np.random.default_rng([seed, zlib.crc32(name.encode("utf-8"))])
-    drawn = random.multinomial(counts.sum(), counts / counts.sum(), size=resamples)
-    return Draws(_percent(counts @ patterns), _percent(drawn @ patterns))
+    at_once = max(1, _COUNTS_AT_ONCE // len(counts))
+    sums = [
+        random.multinomial(counts.sum(), counts / counts.sum(), size=min(at_once, resamples - done))
+        @ patterns
+        for done in range(0, resamples, at_once)
+    ]
+    return Draws(_percent(counts @ patterns), _percent(np.concatenate(sums)))
+
+
+def _sums(
+    correct: NDArray[np.bool_] | NDArray[np.float64], groups: Sequence[Hashable]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Items (groups,) and what they count (groups, models), groups as they first come."""
+    numbers = {group: number for number, group in enumerate(dict.fromkeys(groups))}
+    of_item = np.array([numbers[group] for group in groups])
+    sizes = np.bincount(of_item)
+    right = [np.bincount(of_item, weights=column, minlength=len(sizes)) for column in correct.T]
+    return sizes, np.stack(right, axis=1)
 
 
 def interval(draws: NDArray[np.float64]) -> Interval:

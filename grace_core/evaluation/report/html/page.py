@@ -111,7 +111,7 @@ def _sources(report: Report) -> str:
     heads = ["Model", "weights", "pixels a picture", "questions a second", "on", "digest", "folder"]
     return table(heads, rows) + (
         '<p class="soft">Every number is computed from the recorded answers in these folders: '
-        f"items (or whole groups, where answers count in groups) are drawn with replacement, the "
+        f"items are drawn with replacement, those about one picture together, the "
         f"same for all models, {RESAMPLES:,} times, seed {report.seed}; the average weighs all "
         "benchmarks alike. An interval says how far other questions of the same kind could move a "
         "score; not what another training run would give.</p>"
