@@ -3,8 +3,9 @@
 A cancellation is carried out by the worker that started the run. When that worker was killed, its
 runs go on and nobody ends them. And a run whose heartbeats did not arrive for a while, because the
 server was away, is taken for dead although it is alive. So the run looks at its own state now and
-then: it ends itself when it is being cancelled and nobody does it, or when it was ended by hand;
-and it takes back that it had crashed. A signal to end it is sent again where Python lost it.
+then: it ends itself when it is being cancelled and nobody does it, or when it was ended or deleted
+by hand; and it takes back that it had crashed. A signal to end it is sent again where Python lost
+it.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import prefect
 from prefect import Flow, get_client, runtime
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun, State
-from prefect.exceptions import PrefectHTTPStatusError, TerminationSignal
+from prefect.exceptions import ObjectNotFound, PrefectHTTPStatusError, TerminationSignal
 from prefect.states import Cancelled, Running
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,8 @@ PATIENCE_SECONDS = 40.0
 """A worker that carries out a cancellation has killed the run after 30."""
 INSIST_SECONDS = 1.0
 """Of work that goes on after a signal to end it, twice."""
+DELETED = "Deleted"
+"""Name of the final state that stands for a run which the server no longer has."""
 
 _ended_as: State[Any] | None = None
 """The state this process ended itself for; Prefect would call it crashed."""
@@ -154,11 +157,15 @@ def _look(flow_run_id: UUID, over: threading.Event) -> None:
     cancelling_since: float | None = None
     with get_client(sync_client=True) as client:
         while not over.wait(LOOK_SECONDS):
-            state = _state(client, flow_run_id)
-            if state is None or over.is_set():
-                continue
-            if state.is_crashed():
-                _take_back(client, flow_run_id)
+            try:
+                state = _state(client, flow_run_id)
+                if state is None or over.is_set():
+                    continue
+                if state.is_crashed():
+                    _take_back(client, flow_run_id)
+                    continue
+            except Exception:  # of a kind that nobody foresaw: told, and looked at again
+                logger.exception("the guard could not look at the state of this run")
                 continue
             now = time.monotonic()
             cancelling_since = (cancelling_since or now) if state.is_cancelling() else None
@@ -172,7 +179,11 @@ def _state(client: SyncPrefectClient, flow_run_id: UUID) -> State[Any] | None:
     """As the server knows it; None where it does not answer."""
     state = None
     with _server_may_be_away():
-        state = client.read_flow_run(flow_run_id).state
+        try:
+            state = client.read_flow_run(flow_run_id).state
+        except ObjectNotFound:
+            client.hello()  # a proxy whose server is away may answer the same
+            state = Cancelled(name=DELETED)
     return state
 
 
@@ -188,13 +199,15 @@ def _server_may_be_away() -> Iterator[None]:
     """A server that does not answer is told, and must not end a run or hide what ended it."""
     try:
         yield
-    except (httpx.HTTPError, PrefectHTTPStatusError) as error:
+    except (httpx.HTTPError, PrefectHTTPStatusError, ValueError) as error:  # ValueError: no JSON
         logger.warning("Prefect does not answer about the state of this run: %s", error)
 
 
 def _end_this_process(state: State[Any]) -> None:
     global _ended_as
-    if state.is_final():
+    if state.name == DELETED:
+        logger.warning("this run was deleted in Prefect; it ends now")
+    elif state.is_final():
         logger.warning("this run was marked as %s; it ends now", state.name)
         _ended_as = state
     else:

@@ -6,17 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from prefect import get_client
-from prefect.settings import PREFECT_API_URL
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Cancelling, Crashed
 from prefect.testing.utilities import prefect_test_harness
 
+from tasks import guard
 from tests.waiting import wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -136,6 +139,64 @@ def test_a_cancellation_that_nobody_carries_out_is_carried_out(
     assert process.wait(60) != 0
     assert state_of(flow_run_id) == "Cancelled"
     assert not Path(f"/proc/{rank}").exists(), "its processes are ended with it"
+
+
+def test_a_run_that_was_deleted_ends(
+    run: tuple[subprocess.Popen[bytes], str], tmp_path: Path
+) -> None:
+    process, flow_run_id = run
+    rank = int((tmp_path / "rank").read_text())
+    with get_client(sync_client=True) as client:
+        client.delete_flow_run(UUID(flow_run_id))
+    assert process.wait(60) != 0
+    assert not Path(f"/proc/{rank}").exists(), "its processes are ended with it"
+
+
+@pytest.mark.parametrize("answer", [(404, ""), (502, "<html>"), (200, "<html>")])
+def test_a_server_that_answers_nonsense_ends_no_run(answer: tuple[int, str]) -> None:
+    """A proxy does that while the server behind it is being restarted."""
+    status, body = answer
+
+    class Proxy(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    proxy = HTTPServer(("127.0.0.1", 0), Proxy)
+    threading.Thread(target=proxy.serve_forever, daemon=True).start()
+    api = f"http://127.0.0.1:{proxy.server_port}/api"
+    try:
+        with temporary_settings({PREFECT_API_URL: api, PREFECT_CLIENT_MAX_RETRIES: 0}):
+            with get_client(sync_client=True) as client:
+                assert guard._state(client, uuid4()) is None
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+def test_the_guard_goes_on_after_an_error_that_nobody_foresaw(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ended: list[Any] = []
+    states = iter([RuntimeError("out of order"), Cancelled()])
+
+    def look(*_: object) -> Any:
+        found = next(states)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(guard, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(guard, "_state", look)
+    monkeypatch.setattr(guard, "_end_this_process", ended.append)
+    guard._look(uuid4(), threading.Event())
+    assert [state.name for state in ended] == ["Cancelled"]
+    assert "out of order" in caplog.text
 
 
 def test_a_signal_that_python_loses_is_sent_again(
