@@ -263,16 +263,17 @@ def test_a_part_is_called_one_and_is_in_no_metadata() -> None:
 
 
 def test_what_was_run_is_stated_and_no_more() -> None:
-    """Another data set, a file of one's own, another style and another metric."""
+    """Another data set, a file of one's own, another style, size of pictures and metric."""
     own = results("w4").facts("MMBench")
     facts = {
         "MMBench": replace(own, dataset="mine/mmbench", declared=False, prompt="grace"),
         "AI2D": BenchmarkFacts("AI2D (mask)", prompt="grace"),
         "MMMU": BenchmarkFacts("MMMU", "MMMU/MMMU", config="*", split="dev", metric="F1"),
     }
-    found = replace(results("w4"), benchmarks=facts)
+    found = replace(results("w4"), benchmarks=facts, pixels=(784, 200_704))
     text = model_card(release("w4"), found)
-    assert "greedy answers to GRACE-style prompts, scored" in text and "LLaVA-style" not in text
+    sizes = "greedy answers to GRACE-style prompts about pictures of 784 to 200,704 pixels, scored"
+    assert sizes in text and "LLaVA-style" not in text
     assert "| AI2D (mask) | no data set of the Hub | GRACE | accuracy |" in text
     assert "| MMMU | `MMMU/MMMU`, *, dev | its own | F1 |" in text
     (index,) = ModelCard(text).data.to_dict()["model-index"]

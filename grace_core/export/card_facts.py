@@ -101,6 +101,9 @@ class Results:
     date: str | None = None
     """When it was scored, ISO 8601."""
 
+    pixels: tuple[int, int] | None = None
+    """Fewest and most of a picture as the model saw it; None: all of one size, or unknown."""
+
     def facts(self, name: str) -> BenchmarkFacts:
         return self.benchmarks.get(name, BenchmarkFacts(name))
 

@@ -96,6 +96,8 @@ def _protocol(results: Results) -> str:
     )
     shown = " and ".join(f"{_STYLES.get(style, style)}-style" for style in styles)
     asked = f"greedy answers to {shown} prompts" if styles else "greedy answers"
+    if results.pixels is not None:
+        asked += " about pictures of {:,} to {:,} pixels".format(*results.pixels)
     return f"{asked}, scored by each benchmark's own rule"
 
 

@@ -92,6 +92,7 @@ def results_of(model: RecordedModel, table: ResultsTable, date: str) -> Results:
         summary=_summary(table),
         benchmarks={name: _benchmark_facts(name, score) for name, score in model.scores.items()},
         date=date,
+        pixels=model.pixels,
     )
 
 
