@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import constants
 
 from grace_core.config import GraceConfig
+from grace_core.config.launch import Launch, SlurmLaunch
 from grace_core.doctor import disk, gpus, machine
 from grace_core.doctor.benchmarks import Size
 from grace_core.doctor.checkpoints import Checkpoint
@@ -231,24 +232,63 @@ def slurm(tools: Callable[[str, str], None], sinfo: str) -> None:
     tools("sinfo", sinfo)
 
 
-PARTITIONS = "printf 'gpu up 4\\ncpu* up 10\\nold down 2\\n'"
+PARTITIONS = (
+    "printf 'gpu up 4 1-12:00:00 1-infinite\\ncpu* up 10 infinite 2-4\\nold down 2 30:00 2\\n'"
+)
+
+
+def about_slurm(nodes: int = 2, **backend: object) -> list[Finding]:
+    launch = Launch.model_validate({"nodes": nodes, "backend": {"kind": "slurm", **backend}})
+    assert isinstance(launch.backend, SlurmLaunch)
+    return list(check_slurm(launch, launch.backend))
 
 
 def test_the_partition_must_exist_and_be_up(tools: Callable[[str, str], None]) -> None:
     slurm(tools, PARTITIONS)
-    one(check_slurm("gpu"), Severity.OK, "partition gpu is up, 4 nodes")
-    one(check_slurm(None), Severity.OK, "partition cpu is up, 10 nodes")
-    one(check_slurm("old"), Severity.WARNING, "partition old is down")
-    one(check_slurm("big"), Severity.PROBLEM, "does not exist; there are cpu, gpu, old")
+    one(about_slurm(partition="gpu"), Severity.OK, "partition gpu is up, 4 nodes")
+    one(about_slurm(), Severity.OK, "partition cpu is up, 10 nodes")
+    one(about_slurm(partition="old"), Severity.WARNING, "partition old is down")
+    one(about_slurm(partition="big"), Severity.PROBLEM, "does not exist; there are cpu, gpu, old")
+
+
+@pytest.mark.parametrize(
+    ("nodes", "partition", "minutes", "said"),
+    [
+        (5, "gpu", None, "partition gpu has 4 nodes, launch.nodes is 5"),
+        (5, "cpu", None, "partition cpu takes jobs of 2-4 nodes, launch.nodes is 5"),
+        (1, "cpu", None, "partition cpu takes jobs of 2-4 nodes, launch.nodes is 1"),
+        (1, "old", None, "partition old takes jobs of 2 nodes, launch.nodes is 1"),
+        (4, "gpu", 36 * 60 + 1, "at most 1-12:00:00, launch.backend.time_limit_minutes is 2161"),
+        (2, "old", 31, "at most 30:00, launch.backend.time_limit_minutes is 31"),
+    ],
+)
+def test_a_job_that_its_partition_never_starts_is_a_problem(
+    tools: Callable[[str, str], None], nodes: int, partition: str, minutes: int | None, said: str
+) -> None:
+    slurm(tools, PARTITIONS)
+    asked = {"partition": partition, "time_limit_minutes": minutes}
+    one(about_slurm(nodes, **asked), Severity.PROBLEM, said)
+    # A QOS may lift a partition's limits; it brings no nodes.
+    lifted = Severity.PROBLEM if "has 4 nodes" in said else Severity.WARNING
+    one(about_slurm(nodes, qos="long", **asked), lifted, said)
+
+
+def test_a_job_at_the_limits_of_its_partition_is_fine(tools: Callable[[str, str], None]) -> None:
+    slurm(tools, PARTITIONS)
+    fits = [
+        about_slurm(4, partition="gpu", time_limit_minutes=36 * 60),
+        about_slurm(4, partition="cpu", time_limit_minutes=10**6),
+    ]
+    assert [severities(found) for found in fits] == [{Severity.OK}] * 2
 
 
 def test_a_cluster_that_cannot_be_asked_is_a_problem(
     tools: Callable[[str, str], None], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     slurm(tools, "echo 'slurm_load_partitions: Unable to contact slurm controller' >&2; exit 1")
-    one(check_slurm("gpu"), Severity.PROBLEM, "Unable to contact slurm controller")
+    one(about_slurm(), Severity.PROBLEM, "Unable to contact slurm controller")
     monkeypatch.setenv("PATH", str(tmp_path / "empty"))
-    one(check_slurm("gpu"), Severity.PROBLEM, "sbatch, squeue, scontrol, scancel is not on the")
+    one(about_slurm(), Severity.PROBLEM, "sbatch, squeue, scontrol, scancel is not on the")
 
 
 def test_on_a_cluster_this_machine_needs_no_gpu(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -16,11 +17,14 @@ from typing import Any
 import psutil
 import pytest
 
-from grace_core.config.launch import Launch
+from grace_core.config.launch import Launch, SlurmLaunch
+from grace_core.doctor.findings import Severity
+from grace_core.doctor.slurm import check_slurm
 from grace_core.errors import GraceError
 from grace_core.launch.backend import Program, backend_of
 from grace_core.launch.process_group import ProcessesFailed
 from tests.conftest import ROOT
+from tests.findings import one
 from tests.slurm_cluster import SlurmCluster, missing
 from tests.waiting import wait_until
 
@@ -171,6 +175,35 @@ def test_a_refused_job_says_why(cluster: SlurmCluster, tmp_path: Path) -> None:
     run = Run(tmp_path, "wait", make_launch(backend={"partition": "absent"}))
     with pytest.raises(GraceError, match=r"(?s)SLURM refused the job.*invalid partition"):
         run.watch()
+
+
+def test_an_error_of_the_watch_leaves_the_job_alone(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """A handle that NFS lost says nothing about the ranks: they go on, and are watched again."""
+
+    def lose(run: Run) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), "metrics.jsonl")
+
+    run = Run(tmp_path, "wait", on_poll=once(lose, Run.started))
+    with pytest.raises(GraceError, match=r"Stale file handle.*left alone.*run again") as caught:
+        run.watch()
+    assert isinstance(caught.value.__cause__, OSError)
+    submitted = run.job
+    assert "JobState=RUNNING" in cluster.output("scontrol", "show", "job", str(submitted))
+    again = Run(tmp_path, "wait", on_poll=once(Run.go, Run.started))
+    again.watch()
+    assert again.job == submitted and not run.saved()
+    assert len(list(tmp_path.glob("started-*"))) == RANKS
+
+
+def test_a_job_that_can_never_start_is_refused(cluster: SlurmCluster, tmp_path: Path) -> None:
+    """slurmctld takes it and lets it wait for ever; the doctor sees it before."""
+    launch = make_launch(nodes=4)
+    assert isinstance(launch.backend, SlurmLaunch)
+    one(check_slurm(launch, launch.backend), Severity.PROBLEM, "has 3 nodes, launch.nodes is 4")
+    run = Run(tmp_path, "wait", launch)
+    with pytest.raises(GraceError, match=r"could never start \(PartitionNodeLimit\).*launch.nodes"):
+        run.watch()
+    assert wait_until(lambda: nothing_left(cluster), PATIENCE)
 
 
 # --- make slurm-test ----------------------------------------------------------------------------

@@ -66,7 +66,7 @@ def _compute(
     if not [stage for stage in left if stage not in _COMPUTES_NOTHING]:
         yield information(MACHINE, f"nothing is left to compute up to `{goal}`; not examined")
     elif isinstance(config.launch.backend, SlurmLaunch):
-        yield from check_slurm(config.launch.backend.partition)
+        yield from check_slurm(config.launch, config.launch.backend)
         yield from least_memory(config, teacher, student)
     else:
         yield from check_machine(config, teacher, student)

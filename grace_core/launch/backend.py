@@ -47,7 +47,8 @@ class Backend(Protocol):
         below `program.logs`.
 
         Raises ProcessesFailed when the program failed. Whatever interrupts the wait (a
-        cancellation, Ctrl-C, an error of `on_poll`) is raised again once the processes are ended.
+        cancellation, Ctrl-C, an error of `on_poll`) is raised again once the processes are ended;
+        a SLURM job is not ended by an error, but left to be found by the next run.
         """
 
 

@@ -1,8 +1,9 @@
 """Back-end `slurm`: a batch job, submitted and watched from a machine that does not train.
 
 The job outlives whoever watches it. It is found again by its recorded id, or by its name where the
-watcher died before it could record one, and is then watched on instead of submitted twice. Only an
-end of the watch itself (a cancellation, Ctrl-C, the time out) cancels the job.
+watcher died before it could record one, and is then watched on instead of submitted twice. Only a
+wish to end it (a cancellation, Ctrl-C, the time out) cancels the job, and that it can never start;
+an error of the watch, such as a full disk, leaves it alone.
 
 slurmctld being away is no failure: the job goes on without it. What the job writes of its own end
 counts also when slurmctld has forgotten the job.
@@ -26,6 +27,7 @@ from grace_core.launch.output import Shown, last_attempt, stream
 from grace_core.launch.process_group import (
     FAILED,
     TOOK_TOO_LONG,
+    ProcessesFailed,
     describe_exit,
     processes_failed,
 )
@@ -43,6 +45,23 @@ AWAY_SECONDS = 12 * 3600.0
 _LOOK_SECONDS = 1.0
 _LEAVING_SECONDS = 60.0  # from the job's own word of its end to slurmctld's
 _LINES_EACH = 6
+_SURE_LOOKS = 3
+"""In a row, at which slurmctld says that a job can never start."""
+
+_NEVER_STARTS = {
+    "launch.nodes": "PartitionNodeLimit QOSMaxNodePerJobLimit AssocMaxNodePerJobLimit",
+    "launch.backend.time_limit_minutes": "PartitionTimeLimit QOSMaxWallDurationPerJobLimit "
+    "AssocMaxWallDurationPerJobLimit",
+    "launch.processes or launch.threads_per_process": "QOSMaxCpuPerJobLimit AssocMaxCpuPerJobLimit",
+    "launch.backend.gpus_per_node": "QOSMaxGRESPerJob AssocMaxGRESPerJob",
+    "launch.backend.memory_gb": "QOSMaxMemoryPerJob AssocMaxMemPerJob",
+    "launch.backend.constraint": "BadConstraints",
+    "launch.backend.account": "AccountNotAllowed InvalidAccount",
+    "launch.backend.qos": "QOSNotAllowed InvalidQOS",
+}
+"""Which setting is to be changed where a job is pending for one of these reasons, which no waiting
+ends. Nodes that are down or taken have other ones."""
+
 _REMEDIES = {
     "CANCELLED": "someone cancelled it; run again to continue from the last checkpoint",
     "TIMEOUT": "raise launch.backend.warning_seconds, so that it can save and be requeued in time, "
@@ -87,9 +106,15 @@ class SlurmBackend:
             job = self._job_left_behind(files) or self._submit(program, files)
             files.record_job(job)
             exit_code, state = self._watch(job, program, files, look)
-        except _GaveUp:
-            raise
-        except BaseException:
+        except Exception as error:
+            if job is None or isinstance(error, ProcessesFailed | _GaveUp):
+                raise
+            raise _GaveUp(
+                f"stage {program.stage}: watching its SLURM job {job} ended with "
+                f"{type(error).__name__}: {error}. The job itself is left alone; mend the cause "
+                "and run again: the job is found and watched on"
+            ) from error
+        except BaseException:  # someone wants this to end
             self._cancel(job, files)  # by name where a submission has not been answered
             raise
         os.scandir(program.work).close()  # NFS keeps for a while that a file was not there
@@ -143,13 +168,14 @@ class SlurmBackend:
         """Wait for the job's end: its exit code and its last state."""
         hours = self._launch.timeout_hours
         deadline = None if hours is None else time.monotonic() + 3600 * hours
-        away, shown = _Absence(), ""
+        away, shown, never_looks = _Absence(), "", 0
         next_question = time.monotonic()
         end_seen: float | None = None
         while True:
             look()
             now = time.monotonic()
             if deadline is not None and now > deadline:
+                self._cancel(job, files)
                 raise processes_failed(
                     f"stage {program.stage}: its SLURM job {job} did not end within {hours:g} h "
                     f"and was cancelled; {TOOK_TOO_LONG}",
@@ -173,6 +199,10 @@ class SlurmBackend:
                     if info is None:
                         return (1 if end is None else end.exit_code), "unknown to SLURM"
                     shown = _tell(info, shown)
+                    never_looks = never_looks + 1 if _setting_to_change(info) else 0
+                    if never_looks == _SURE_LOOKS:
+                        self._cancel(job, files)  # or the next run would find and watch it
+                        raise _never_starts(program, info)
                     if info.ended:
                         return _exit_code(info, None if end is None else end.exit_code), info.state
             time.sleep(min(_LOOK_SECONDS, self._poll_seconds))
@@ -202,7 +232,7 @@ class SlurmBackend:
 
 
 class _GaveUp(GraceError):
-    """slurmctld was away too long; the job is left alone."""
+    """The watch ends before the job does; says what became of the job."""
 
 
 class _Absence:
@@ -239,6 +269,21 @@ def _tell(info: JobInfo, shown: str) -> str:
         level = logging.WARNING if "held" in state.lower() else logging.INFO
         logger.log(level, "SLURM job %d is %s", info.id, state)
     return state
+
+
+def _setting_to_change(info: JobInfo) -> str | None:
+    """The setting for which a job can never start; None where it may."""
+    if info.state != "PENDING":
+        return None
+    return next((name for name, why in _NEVER_STARTS.items() if info.reason in why.split()), None)
+
+
+def _never_starts(program: Program, info: JobInfo) -> _GaveUp:
+    return _GaveUp(
+        f"stage {program.stage}: its SLURM job {info.id} could never start ({info.reason}) and was "
+        f"cancelled; change {_setting_to_change(info)} or launch.backend.partition to what the "
+        f"cluster allows (`scontrol show job {info.id}`, `scontrol show partition`), and run again"
+    )
 
 
 def _exit_code(info: JobInfo, of_script: int | None) -> int:
