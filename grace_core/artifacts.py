@@ -38,6 +38,8 @@ from grace_core.hardware import hardware
 MANIFEST = "manifest.json"
 OUTSIDE = ("checkpoint", "tokenizer", "annotations", "pictures", "benchmark")
 """Kinds of parents that no stage made."""
+QUANTIZED_START = "quantized start"
+"""Role of the checkpoint that `quantize.start` names; not the student that the run starts from."""
 
 _RECORDED_PACKAGES = (
     "torch",

@@ -12,7 +12,7 @@ from mlflow.entities import LoggedModel, Run
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import is_tracking_uri_set
 
-from grace_core.artifacts import MANIFEST, OUTSIDE, Manifest
+from grace_core.artifacts import MANIFEST, OUTSIDE, QUANTIZED_START, Manifest
 from grace_core.errors import GraceError
 from grace_core.lineage.collect import manifest_node, outside_name
 from grace_core.lineage.find import LEAST_DIGITS, starts_a_digest
@@ -30,7 +30,7 @@ from operations.servers import shown_address
 
 _FINISHED = "attributes.status = 'FINISHED'"
 _ROLES_OF_MODELS = (
-    *("model", "student", "teacher", "start"),
+    *("model", "student", "teacher", "start", QUANTIZED_START),
     *("release-bf16", "release-w8", "release-w4"),
 )
 

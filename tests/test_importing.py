@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 from typer.testing import CliRunner
 
-from grace_core.artifacts import Artifact, Manifest
+from grace_core.artifacts import Artifact, Manifest, digest_folder
 from grace_core.cli.app import app
 from grace_core.cli.chain import Chain
 from grace_core.config.tree import GraceConfig
@@ -488,6 +488,14 @@ class _Silent:
     def ended(self, stage: str, artifact: Artifact) -> None: ...
 
     def on_event(self, event: Event) -> None: ...
+
+
+def test_the_start_is_recorded_in_a_role_of_its_own(published: Path, tmp_path: Path) -> None:
+    import_checkpoint(published, tmp_path / "made")
+    data = Artifact(tmp_path, Manifest.model_construct(stage="data", digest="d" * 64))
+    plan = plan_quantized(_config(tmp_path, tmp_path / "made"), "w4", data, None, None)
+    assert plan.parents.keys() == {"quantized start", "data"}
+    assert plan.parents["quantized start"].digest == digest_folder(tmp_path / "made")
 
 
 def test_another_width_is_refused_before_training(published: Path, tmp_path: Path) -> None:

@@ -18,9 +18,12 @@ from grace_core.errors import ConfigError, GraceError
 from grace_core.lineage.collect import artifacts_below, lineage_of
 from grace_core.lineage.find import Found, find_model
 from grace_core.lineage.published import published_form
+from grace_core.models.loading import read_checkpoint
+from grace_core.reproduction.inputs import differences
 from grace_core.reproduction.plan import Plan, plan_reproduction
 from grace_core.reproduction.verdict import judge
 from grace_core.stages import StageContext, distill, prepare_data, quantize, release
+from grace_core.stages.once import checkpoint_parent
 from operations.cli import main
 from tests.stand_in_stages import StandIns
 from tests.test_lineage import FIT, RECORD, run
@@ -218,6 +221,49 @@ def test_what_is_no_model_or_has_no_configuration_is_refused(tmp_path: Path) -> 
     old = Artifact(made["release-w4"].path, manifest)
     with pytest.raises(GraceError, match="before whole configurations were recorded"):
         plan_reproduction(Found(lineage_of([old], [old]), old), None)
+
+
+def trained_on(folder: Path, start: Parent, role: str) -> Found:
+    """A W4 model that was trained on from a quantized checkpoint, in that role."""
+    settings = [
+        *("quantize.variants=[w4]", f"quantize.start.path={start.path}"),
+        f"run_dir={folder}",
+    ]
+    whole = load_config(ROOT / "configs" / "toy.yaml", settings).model_dump(mode="json")
+    made = folder / "artifacts" / "w4-0123456789ab"
+    teacher = checkpoint_parent(read_checkpoint(ROOT / "assets/toy/teacher"))
+    with new_artifact(made, "w4", {}, {role: start, "teacher": teacher}, whole) as writer:
+        (writer.path / "content").write_text("w4")
+    return find_model("w4", folder)
+
+
+ROLES_OF_A_START = ["quantized start", "student"]
+"""As it is recorded, and as it once was."""
+
+
+@pytest.mark.parametrize("role", ROLES_OF_A_START)
+def test_a_quantized_start_is_pinned_and_is_not_the_student(tmp_path: Path, role: str) -> None:
+    commit = "c" * 40
+    start = Parent(kind="checkpoint", path="lab/start", digest="d" * 64, revision=commit)
+    plan = plan_reproduction(trained_on(tmp_path / "run", start, role), tmp_path / "again")
+    assert plan.config.quantize.start is not None
+    assert plan.config.quantize.start.revision == commit
+    assert plan.config.models.student.revision is None
+
+
+@pytest.mark.parametrize("role", ROLES_OF_A_START)
+def test_a_quantized_start_is_compared_with_the_recorded_one(
+    tmp_path: Path, role: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    folder = shutil.copytree(ROOT / "assets/toy/student", tmp_path / "start")
+    (folder / "quantization.json").write_text("{}")
+    start = checkpoint_parent(read_checkpoint(folder))
+    plan = plan_reproduction(trained_on(tmp_path / "run", start, role), tmp_path / "again")
+    assert not [told for told in differences(plan) if str(start.digest[:12]) in told]
+    (folder / "quantization.json").write_text('{"bits": 4}')
+    (told,) = [told for told in differences(plan) if str(start.digest[:12]) in told]
+    assert told.startswith(f"quantized start {folder}: recorded {start.digest[:12]}, here ")
 
 
 def weights(folder: Path, values: torch.Tensor, codes: torch.Tensor, note: str) -> Artifact:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from grace_core.artifacts import code_version, environment
+from grace_core.artifacts import QUANTIZED_START, code_version, environment
 from grace_core.config.data import ShareGPT4VData
 from grace_core.lineage.graph import Node
 from grace_core.models.loading import check_pair, locate_checkpoint
@@ -48,13 +48,16 @@ def _environment(plan: Plan) -> Iterator[str]:
 
 
 def _checkpoints(plan: Plan) -> Iterator[str]:
-    """Teacher and student; reading them raises what is wrong with them."""
+    """Teacher, student and quantized start; reading them raises what is wrong with them."""
     config = plan.config
     teacher, student = (
         locate_checkpoint(source) for source in (config.models.teacher, config.models.student)
     )
     check_pair(teacher, student)
-    for roles, folder in ((("teacher", "start"), teacher), (("student",), student)):
+    used = [(("teacher", "start"), teacher), (("student",), student)]
+    if config.quantize.start is not None and _recorded(plan, (QUANTIZED_START,), "checkpoint"):
+        used.append(((QUANTIZED_START,), locate_checkpoint(config.quantize.start)))
+    for roles, folder in used:
         recorded = _recorded(plan, roles, "checkpoint")
         digest = checkpoint_parent(folder).digest
         for node in recorded:

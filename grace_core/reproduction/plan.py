@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from grace_core.artifacts import QUANTIZED_START
 from grace_core.config.load import resolve_config
+from grace_core.config.training import BITS
 from grace_core.config.tree import GraceConfig
 from grace_core.errors import GraceError
 from grace_core.lineage.find import Found
-from grace_core.lineage.graph import Lineage, Node
+from grace_core.lineage.graph import Edge, Lineage, Node
 from grace_core.whole_files import write_whole
 
 MARKER = "reproduction.json"
@@ -56,7 +58,7 @@ def plan_reproduction(found: Found, run_dir: Path | None, overrides: Sequence[st
     Raises GraceError for what is no model, or was recorded without its whole configuration, and
     ConfigError where a recorded path has to be given anew.
     """
-    lineage = found.lineage
+    lineage = _with_quantized_starts(found.lineage)
     target = lineage.node(found.model)
     if not _is_remade(target.stage):
         raise GraceError(
@@ -124,11 +126,28 @@ def _config(
     tree = copy.deepcopy(lineage.configs[key])
     tree["run_dir"] = str(run_dir)
     tree["publish"] = tree["publish"] | {"enabled": False}
-    for role, name in (("teacher", "teacher"), ("start", "teacher"), ("student", "student")):
+    models, start = tree["models"], tree["quantize"].get("start")
+    for role, source in (
+        ("teacher", models["teacher"]),
+        ("start", models["teacher"]),
+        ("student", models["student"]),
+        (QUANTIZED_START, start),
+    ):
         revision = _revision(lineage, role)
-        if revision is not None:  # the commit that was used, where the configuration named none
-            tree["models"][name]["revision"] = revision
+        if revision is not None and source is not None:
+            source["revision"] = revision  # the commit that was used, where none was named
     return resolve_config(tree, f"recorded configuration {key[:12]}", overrides)
+
+
+def _with_quantized_starts(lineage: Lineage) -> Lineage:
+    """Manifests once called the checkpoint of `quantize.start` the student of W8 and W4."""
+
+    def renamed(edge: Edge) -> Edge:
+        child, parent = lineage.node(edge.child), lineage.node(edge.parent)
+        once = child.stage in BITS and edge.role == "student" and parent.stage == "checkpoint"
+        return edge.model_copy(update={"role": QUANTIZED_START}) if once else edge
+
+    return lineage.model_copy(update={"edges": tuple(map(renamed, lineage.edges))})
 
 
 def _revision(lineage: Lineage, role: str) -> str | None:

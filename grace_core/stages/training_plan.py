@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from grace_core.artifacts import Artifact, Parent, fingerprint
+from grace_core.artifacts import QUANTIZED_START, Artifact, Parent, fingerprint
 from grace_core.config.training import BITS, Precision, Quantization, TrainingStage
 from grace_core.config.tree import GraceConfig
 from grace_core.data.prepare import TRAIN
@@ -122,7 +122,7 @@ def plan_quantized(
     if config.quantize.start is not None:
         start = locate_checkpoint(config.quantize.start)
         _check_start(start.path, precision, config.quantize.group_size)
-        parents = {"student": checkpoint_parent(start), "data": data.as_parent()}
+        parents = {QUANTIZED_START: checkpoint_parent(start), "data": data.as_parent()}
     else:
         assert bf16 is not None, "without quantize.start, the BF16 student is trained first"
         start = read_checkpoint(bf16.path / "model")
