@@ -20,7 +20,7 @@ from grace_core.export.compressed import COMPRESSED
 from grace_core.export.exactness import check_release
 from grace_core.export.formats import PackedForm
 from grace_core.export.release import export_packed
-from tests.qat_models import forward_batches, trained
+from tests.qat_models import trained
 
 FORMS: dict[str, PackedForm] = {"compressed": COMPRESSED, "awq": AWQ}
 STEM = "model.language_model.layers.1.mlp.down_proj"
@@ -43,7 +43,7 @@ def releases(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 def check(source: Path, release: Path, form: str) -> None:
-    check_release(source, release, forward_batches("qwen3_vl")[:1], form=FORMS[form])
+    check_release(source, release, form=FORMS[form])
 
 
 # --- tensors ---
@@ -235,6 +235,72 @@ def test_an_unreadable_configuration_is_refused(
         check(source, release, "awq")
 
 
+# --- the other files ---
+
+
+def _edit(name: str, old: str, new: str) -> Callable[[Path], None]:
+    def change(release: Path) -> None:
+        text = (release / name).read_text(encoding="utf-8")
+        assert old in text
+        (release / name).write_text(text.replace(old, new, 1), encoding="utf-8")
+
+    return change
+
+
+OTHERS: list[tuple[str, Callable[[Path], None], str]] = [
+    ("compressed", _edit("tokenizer.json", "}", "} "), r"tokenizer\.json: not the trained model's"),
+    ("awq", _edit("chat_template.jinja", "{", " {"), r"chat_template\.jinja: not the trained"),
+    (
+        "compressed",
+        _edit("preprocessor_config.json", "0.5", "0.4"),
+        r"preprocessor_config\.json: not the trained",
+    ),
+    ("awq", _edit("generation_config.json", "}", "} "), r"generation_config\.json: not the"),
+    (
+        "compressed",
+        lambda release: (release / "generation_config.json").unlink(),
+        r"generation_config\.json: missing",
+    ),
+    ("awq", lambda release: (release / "tokenizer.json").unlink(), r"tokenizer\.json: missing"),
+    (
+        "compressed",
+        lambda release: (release / "added_tokens.json").write_text("{}"),
+        r"added_tokens\.json: no file of a release",
+    ),
+    (
+        "awq",
+        lambda release: save_file({}, release / "old.safetensors"),
+        r"old\.safetensors: no file",
+    ),
+]
+
+
+@pytest.mark.parametrize(("form", "change", "message"), OTHERS)
+def test_what_else_users_load_is_compared(
+    source: Path,
+    releases: dict[str, Path],
+    tmp_path: Path,
+    form: str,
+    change: Callable[[Path], None],
+    message: str,
+) -> None:
+    release = shutil.copytree(releases[form], tmp_path / "release")
+    change(release)
+    with pytest.raises(GraceError, match=message):
+        check(source, release, form)
+
+
+def test_inputs_that_the_release_makes_of_its_own_are_compared(
+    source: Path, releases: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a version of transformers that reads equal files differently."""
+    release = shutil.copytree(releases["compressed"], tmp_path / "release")
+    _edit("preprocessor_config.json", "0.5", "0.4")(release)
+    monkeypatch.setattr(exactness, "_file_differences", lambda *_: iter(()))
+    with pytest.raises(GraceError, match=r"batch 1: its own .* make another pixel_values"):
+        check(source, release, "compressed")
+
+
 # --- loading and computing, where the files alone show nothing ---
 
 
@@ -264,5 +330,5 @@ def test_other_logits_are_refused(
         return model
 
     monkeypatch.setattr(exactness, "_load_release", changed)
-    with pytest.raises(GraceError, match=r"batch 0: \d+ of 12288 logits differ, by up to"):
+    with pytest.raises(GraceError, match=r"batch 0: \d+ of \d+ logits differ, by up to"):
         check(source, releases[form], form)

@@ -59,7 +59,7 @@ def test_release_is_exactly_the_trained_model(
     released: Released, variant: tuple[str, int], device: str
 ) -> None:
     source, release = released[variant]
-    report = check_release(source, release, forward_batches(variant[0]), device=device)
+    report = check_release(source, release, device=device)
     assert report.layers == 14 and report.batches == 3 and report.image_batches == 2
     names = weight_files(source).names
     assert report.tensors == len(names) - 14
@@ -125,7 +125,7 @@ def test_awq_release(tmp_path: Path, family: str) -> None:
     source = trained(tmp_path / "trained", family, 4, layers=1)
     release = tmp_path / "release"
     export_packed(source, release, AWQ)
-    report = check_release(source, release, forward_batches(family), form=AWQ)
+    report = check_release(source, release, form=AWQ)
     assert report.layers == 7 and report.image_batches == 2
 
     config = json.loads((release / "config.json").read_text())
@@ -264,7 +264,7 @@ def test_a_sharded_checkpoint_stays_sharded(tmp_path: Path) -> None:
     (source / "model.safetensors.index.json").write_text(json.dumps(index))
 
     export_packed(source, tmp_path / "release", COMPRESSED)
-    report = check_release(source, tmp_path / "release", forward_batches("qwen3_vl")[:2])
+    report = check_release(source, tmp_path / "release")
     assert report.layers == 14
     index = json.loads((tmp_path / "release" / "model.safetensors.index.json").read_text())
     on_disk = {file: load_file(tmp_path / "release" / file) for file in parts}
@@ -284,7 +284,7 @@ def test_bf16_release(tmp_path: Path, family: str) -> None:
     (source / "manifest.json").write_text("{}")
     release = tmp_path / "release"
     export_bf16(source, release)
-    report = check_release(source, release, forward_batches(family))
+    report = check_release(source, release)
     assert report.layers == 0 and report.tensors == len(weight_files(source).names)
     assert not (release / "manifest.json").exists()
     assert (release / "tokenizer.json").is_file()
@@ -297,7 +297,7 @@ def test_bf16_release(tmp_path: Path, family: str) -> None:
     tensors[first].view(torch.int16).flatten()[0] += 1
     save_file(tensors, release / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(GraceError, match=re.escape(f"{first}: 1 of")):
-        check_release(source, release, forward_batches(family)[:1])
+        check_release(source, release)
 
 
 def test_what_cannot_be_released_is_refused_before_writing(tmp_path: Path) -> None:

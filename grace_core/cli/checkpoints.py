@@ -80,8 +80,9 @@ def pack(
 ) -> None:
     """Pack a quantized checkpoint into a release, proven equal to it.
 
-    The same as stage `release` does: codes, scales, every other tensor and bf16
-    logits on text and pictures are compared before the folder gets its name.
+    The same as stage `release` does: codes, scales, every other tensor, the other
+    files and bf16 logits on text and pictures are compared before the folder gets
+    its name.
     """
     from grace_core.export.awq import AWQ
     from grace_core.export.checkpoint import new_directory
@@ -89,17 +90,15 @@ def pack(
     from grace_core.export.exactness import check_release
     from grace_core.export.gate_batches import gate_batches
     from grace_core.export.release import export_packed
-    from grace_core.models.loading import load_tokenizer, read_checkpoint
-    from grace_core.models.visual_inputs import VisualInputs
     from grace_core.quantization.checkpoint import load_scales
 
     chosen = AWQ if form == "awq" else COMPRESSED
-    source = read_checkpoint(checkpoint)
-    load_scales(checkpoint)  # says so before anything is written where there are none
-    batches = gate_batches(load_tokenizer(checkpoint), VisualInputs(source))
+    # Both say what is missing before anything is written.
+    gate_batches(checkpoint)
+    load_scales(checkpoint)
     with new_directory(out) as folder:
         export_packed(checkpoint, folder, chosen)
-        report = check_release(checkpoint, folder, batches, form=chosen, device=_device(device))
+        report = check_release(checkpoint, folder, form=chosen, device=_device(device))
     console.print(
         f"{report.layers} layers, {report.codes:,} codes, {report.tensors} other tensors, "
         f"{report.positions} rows of logits: all equal",

@@ -159,11 +159,19 @@ def model_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     }
 
 
+def companions(folder: Path) -> list[str]:
+    """Names of the files of a checkpoint that belong to its release as they are."""
+    return [
+        file.name
+        for file in sorted(folder.iterdir())
+        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in COMPANIONS)
+    ]
+
+
 def copy_companions(source: Path, destination: Path) -> None:
     """Copy tokenizer, chat template, processor and licence files."""
-    for file in sorted(source.iterdir()):
-        if file.is_file() and any(fnmatch(file.name, pattern) for pattern in COMPANIONS):
-            shutil.copyfile(file, destination / file.name)
+    for name in companions(source):
+        shutil.copyfile(source / name, destination / name)
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 Two independent comparisons. On disk: the codes unpacked from the release equal those that the
 trained weights and scales give, scales and all other tensors are equal, exactly the trained layers
-are packed, and ``config.json`` says how. In use: the bf16 logits of the release are ``torch.equal``
-to those of the fake-quantized model on given batches. The release is loaded with plain
+are packed, and ``config.json`` says how; tokenizer, chat template, processor and generation
+settings are the same bytes, and no other file is there. In use: the release's own tokenizer and
+processor make the inputs that the trained model's make, and its bf16 logits on them are
+``torch.equal`` to those of the fake-quantized model. The release is loaded with plain
 ``from_pretrained`` where that runs on any machine, else (AWQ) from codes and scales as read.
 
 Both models come from ``from_pretrained``, in which RoPE frequencies stay fp32; casting a model with
@@ -12,6 +14,7 @@ Both models come from ``from_pretrained``, in which RoPE frequencies stay fp32; 
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +27,9 @@ from transformers import AutoModelForImageTextToText
 
 from grace_core.errors import GraceError
 from grace_core.export.checkpoint import (
+    INDEX_FILE,
     WeightFiles,
+    companions,
     model_names,
     read_config,
     skeleton,
@@ -33,6 +38,7 @@ from grace_core.export.checkpoint import (
 from grace_core.export.compressed import COMPRESSED
 from grace_core.export.dense import load_dense
 from grace_core.export.formats import PackedForm, PackedLayer
+from grace_core.export.gate_batches import gate_batches
 from grace_core.export.release import packed_layers
 from grace_core.quantization.checkpoint import TrainedScales, is_quantized, load_scales
 from grace_core.quantization.convert import convert_with_scales
@@ -72,7 +78,6 @@ class _Counts:
 def check_release(
     source: Path,
     release: Path,
-    batches: Sequence[Mapping[str, Tensor]],
     *,
     form: PackedForm = COMPRESSED,
     device: torch.device | str = "cpu",
@@ -82,19 +87,18 @@ def check_release(
     Args:
         source: the trained checkpoint; with scales (QAT) or without (BF16).
         release: what the export made of it.
-        batches: keyword arguments of the model's forward pass, at least one batch, better some
-            with and some without pictures.
         form: in which a quantized model is released.
         device: where the logits are computed; one model at a time is held there.
 
     Raises:
         GraceError: names the first differences.
     """
-    assert batches, "the gate needs at least one batch"
     trained = load_scales(source) if is_quantized(source) else None
     counts = _Counts()
     _refuse(release, list(_differences(source, release, trained, form, counts)))
 
+    batches = gate_batches(release)
+    _refuse(release, list(_input_differences(gate_batches(source), batches)))
     expected = logits_of(_load_trained(source, trained, device), batches, device)
     actual = logits_of(_load_release(release, trained, form), batches, device)
     _refuse(release, list(_logit_differences(expected, actual)))
@@ -132,6 +136,7 @@ def _differences(
     model = skeleton(source)
     if trained is not None:
         layers = packed_layers(ours, model_names(model, ours.names), trained)
+    yield from _file_differences(source, release, ours)
     yield from _config_differences(source, release, model, trained, form)
     unseen = set(theirs.names)
     for name in ours.names:
@@ -151,6 +156,20 @@ def _differences(
             yield from _tensor_difference(name, ours.read(name), theirs.read(name))
             unseen.discard(name)
     yield from (f"{name}: not in the trained model" for name in sorted(unseen))
+
+
+def _file_differences(source: Path, release: Path, weights: WeightFiles) -> Iterator[str]:
+    """What is read beside the weights must be the trained model's to the byte, and all there is."""
+    same = companions(source)
+    expected = {"config.json", *weights.files, *same}
+    if (source / INDEX_FILE).is_file():
+        expected.add(INDEX_FILE)
+    present = {p.relative_to(release).as_posix() for p in release.rglob("*") if not p.is_dir()}
+    yield from (f"{name}: missing" for name in sorted(expected - present))
+    yield from (f"{name}: no file of a release" for name in sorted(present - expected))
+    for name in same:
+        if name in present and not filecmp.cmp(source / name, release / name, shallow=False):
+            yield f"{name}: not the trained model's"
 
 
 def _config_differences(
@@ -247,6 +266,15 @@ def _load_release(release: Path, trained: TrainedScales | None, form: PackedForm
 def _is_compressed(module: torch.nn.Module) -> bool:
     # compressed-tensors marks a module it has taken over by this attribute.
     return getattr(module, "quantization_scheme", None) is not None
+
+
+def _input_differences(
+    expected: Sequence[Mapping[str, Tensor]], actual: Sequence[Mapping[str, Tensor]]
+) -> Iterator[str]:
+    for number, (ours, theirs) in enumerate(zip(expected, actual, strict=True)):
+        for name in sorted(ours.keys() | theirs.keys()):
+            if name not in ours or name not in theirs or not torch.equal(ours[name], theirs[name]):
+                yield f"batch {number}: its own tokenizer and processor make another {name}"
 
 
 @torch.no_grad()

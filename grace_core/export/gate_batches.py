@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grace_core.data.chat import ConversationEncoder
 from grace_core.data.sharegpt4v import IMAGE_TAG, Turn
+from grace_core.models.loading import load_tokenizer, read_checkpoint
 from grace_core.models.visual_inputs import VisualInputs
 
 _CONVERSATIONS = (
@@ -29,9 +30,14 @@ _CONVERSATIONS = (
 )
 
 
-def gate_batches(tokenizer: Any, visual: VisualInputs) -> list[dict[str, Tensor]]:
-    """Keyword arguments of the model's forward pass, one conversation each, unpadded."""
-    encoder = ConversationEncoder(tokenizer, visual.image_token_id)
+def gate_batches(folder: Path) -> list[dict[str, Tensor]]:
+    """Keyword arguments of the model's forward pass, one conversation each, unpadded.
+
+    They are made by the tokenizer, the chat template and the image processor of this checkpoint.
+    Raises GraceError where it lacks one.
+    """
+    visual = VisualInputs(read_checkpoint(folder))
+    encoder = ConversationEncoder(load_tokenizer(folder), visual.image_token_id)
     batches = []
     for number, turns in enumerate(_CONVERSATIONS):
         pictures = [_gradient(64 + 32 * number)] if IMAGE_TAG in turns[0].text else []

@@ -37,8 +37,7 @@ from grace_core.export.release import packed_layers
 from grace_core.importing.original_llava import is_original_llava, open_original
 from grace_core.importing.sources import SidecarSource, Source, open_source
 from grace_core.models.families import family_of
-from grace_core.models.loading import load_tokenizer, read_checkpoint
-from grace_core.models.visual_inputs import VisualInputs
+from grace_core.models.loading import read_checkpoint
 from grace_core.quantization.checkpoint import load_scales, save_scales
 from grace_core.quantization.lsq import dequantize, stored_scale
 from grace_core.quantization.scales import ScaleBank
@@ -74,7 +73,7 @@ def import_checkpoint(
     layout = _layout(folder, base)
     checkpoint = read_checkpoint(layout)
     family_of(checkpoint.config["model_type"])  # raises for a family that is not supported
-    batches = gate_batches(load_tokenizer(layout), VisualInputs(checkpoint))
+    batches = gate_batches(layout)
     model = skeleton(layout)
     source: Source
     if base is None:

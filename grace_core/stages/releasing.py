@@ -10,10 +10,7 @@ from grace_core.export.awq import AWQ
 from grace_core.export.compressed import COMPRESSED
 from grace_core.export.exactness import check_release
 from grace_core.export.formats import PackedForm
-from grace_core.export.gate_batches import gate_batches
 from grace_core.export.release import AWQ_FOLDER, MODEL_FOLDER, export_bf16, export_packed
-from grace_core.models.loading import load_tokenizer, read_checkpoint
-from grace_core.models.visual_inputs import VisualInputs
 from grace_core.quantization.checkpoint import is_quantized
 from grace_core.stages.answering import evaluation_device
 from grace_core.stages.once import StageContext, once
@@ -33,16 +30,13 @@ def release(config: GraceConfig, model: Artifact, context: StageContext) -> Arti
 
     def make(writer: ArtifactWriter) -> None:
         source = model.path / "model"
-        batches = gate_batches(load_tokenizer(source), VisualInputs(read_checkpoint(source)))
         for folder, form in forms.items():
             destination = writer.path / folder
             if is_quantized(source):
                 export_packed(source, destination, form)
             else:
                 export_bf16(source, destination)
-            report = check_release(
-                source, destination, batches, form=form, device=evaluation_device(config)
-            )
+            report = check_release(source, destination, form=form, device=evaluation_device(config))
             prefix = "" if folder == MODEL_FOLDER else f"{folder}/"
             writer.metrics[f"{prefix}bytes"] = float(_size(destination))
             writer.facts[f"{prefix}exactness"] = vars(report)
