@@ -88,12 +88,13 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
         if each["second"] in baselines and each["on"] == AVERAGE
     }
     kept = {each["model"]: f"{each['value']:.1f} %" for each in comparison["retention"]}
+    headings = report.get("headings", {})  # none in reports of earlier versions
     rows = []
     for model in report["models"]:
         estimates = comparison["estimates"][model["model"]]
         names = [*model["scores"], AVERAGE]
         scores = {
-            report["headings"].get(name, name): round(estimates[name]["value"], 1)
+            headings.get(name, name): round(estimates[name]["value"], 1)
             if name in estimates
             else None
             for name in names
