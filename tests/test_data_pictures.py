@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import struct
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from grace_core.data.pictures import open_picture, picture_size, read_picture, resolve_picture
 from grace_core.data.sharegpt4v import Reason, UnusableRecord
@@ -109,7 +111,45 @@ def test_a_file_too_large_for_its_pixels_is_not_read(tree: Path) -> None:
     assert _reason(lambda: read_picture(tree, "a.png", 10)) == Reason.PICTURE_TOO_LARGE
 
 
+@pytest.mark.parametrize("fault", [errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ENOMEM])
+@pytest.mark.parametrize("call", ["is_file", "stat", "read_bytes"])
+def test_what_is_the_storage_s_fault_is_raised(
+    fault: int, call: str, tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError(fault, os.strerror(fault))
+
+    monkeypatch.setattr(Path, call, fail)
+    with pytest.raises(OSError, match=os.strerror(fault)):
+        read_picture(tree, "a.png", LIMIT)
+
+
+def test_rights_are_the_picture_s(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Patched: the tests may run as root, who may read everything."""
+
+    def refuse(_: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert _reason(lambda: read_picture(tree, "a.png", LIMIT)) == Reason.PICTURE_UNREADABLE
+
+
 # --- decoding
+
+
+def test_a_lack_of_memory_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Image.Image) -> None:
+        raise MemoryError
+
+    data = _encoded(Image.new("RGB", (3, 2)))
+    monkeypatch.setattr(PngImageFile, "load", fail)
+    with pytest.raises(MemoryError):
+        open_picture(data, LIMIT)
+
+
+def test_a_file_that_is_not_there_is_no_damage(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        open_picture(tmp_path / "none.png", LIMIT)
 
 
 def test_path_and_bytes_give_the_same_picture(tmp_path: Path) -> None:

@@ -44,6 +44,7 @@ def run(records: Iterable[RawRecord], root: Path, out: Path, **changes: Any) -> 
         "picture_tokens": run_the_processor,
         "max_tokens": 2048,
         "max_decoded_pixels": 1_000_000,
+        "max_quarantined_share": 1.0,
         "held_out_share": 0.0,
         "seed": 1,
     }
@@ -56,6 +57,13 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 def quarantine_of(out: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out / "quarantine.jsonl").read_text().splitlines()]
+
+
+def picture_record(index: int, *pictures: str) -> RawRecord:
+    question = f"{'<image>' * len(pictures)}Question {index}?"
+    turns = [{"from": "human", "value": question}, {"from": "gpt", "value": "Answer."}]
+    value = {"id": f"r{index}", "image": list(pictures), "conversations": turns}
+    return RawRecord(index, "records.json", value)
 
 
 def text_records(count: int) -> list[RawRecord]:
@@ -211,21 +219,7 @@ def test_held_out_records_depend_on_seed_and_index_alone(tmp_path: Path) -> None
 def test_records_of_one_picture_stay_on_one_side(tmp_path: Path) -> None:
     for number in range(12):
         Image.new("RGB", (64, 64), (20 * number, 0, 0)).save(tmp_path / f"{number}.png")
-    records = [
-        RawRecord(
-            index,
-            "records.json",
-            {
-                "id": f"r{index}",
-                "image": f"{index % 12}.png",
-                "conversations": [
-                    {"from": "human", "value": f"<image>\nQuestion {index}?"},
-                    {"from": "gpt", "value": "Answer."},
-                ],
-            },
-        )
-        for index in range(36)
-    ]
+    records = [picture_record(index, f"{index % 12}.png") for index in range(36)]
     run(records, tmp_path, tmp_path / "out", held_out_share=0.4)
     sides = [
         {row["images"][0] for row in rows_of(tmp_path / "out" / side)}
@@ -302,6 +296,47 @@ def test_nothing_to_train_on_is_an_error(tmp_path: Path) -> None:
         run(text_records(5), tmp_path, tmp_path / "b", held_out_share=1.0)
     with pytest.raises(GraceError, match="is no folder"):
         run(text_records(5), tmp_path / "missing", tmp_path / "c")
+
+
+# --- too much in quarantine
+
+
+def test_pictures_that_are_not_there_end_the_preparation(tmp_path: Path) -> None:
+    """Annotations in place, pictures not yet: the text-only records are no data set."""
+    pictures = [picture_record(index, f"coco/train/{index}.jpg") for index in range(100, 220)]
+    with pytest.raises(GraceError) as caught:
+        run([*text_records(100), *pictures], tmp_path, tmp_path / "out", max_quarantined_share=0.5)
+    message = str(caught.value)
+    assert "120 of 220 records cannot be used" in message
+    assert "120 x picture file missing (record 100: 'coco/train/100.jpg' does not" in message
+    assert f"below {tmp_path}: coco 120 of 120 (there is no such folder)" in message
+    assert "data.max_quarantined_share is 0.5" in message
+
+
+@pytest.mark.parametrize(("missing", "ends"), [(6, True), (5, False)])
+def test_one_folder_may_not_be_missing_among_many_records(
+    missing: int, ends: bool, tmp_path: Path
+) -> None:
+    """Of all 300 records 2 %, of the folder's 100 records 6 % or 5 %."""
+    (tmp_path / "sam").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "sam" / "there.png")
+    names = ["sam/gone.png"] * missing + ["sam/there.png"] * (100 - missing)
+    records = [picture_record(200 + index, name) for index, name in enumerate(names)]
+    records += text_records(200)
+    if ends:
+        with pytest.raises(GraceError, match=r"6 of 300 records .*: sam 6 of 100\. Bring"):
+            run(records, tmp_path, tmp_path / "out", max_quarantined_share=0.05)
+    else:
+        report = run(records, tmp_path, tmp_path / "out", max_quarantined_share=0.05)
+        assert report.quarantined == 5
+
+
+def test_a_storage_that_fails_is_no_bad_picture(tmp_path: Path) -> None:
+    """The memory of this process is a regular file, whose first byte no read gives: EIO."""
+    with pytest.raises(
+        GraceError, match=r"picture 'mem' of record 0 .*Input/output error.*storage"
+    ):
+        run([picture_record(0, "mem")], Path("/proc/self"), tmp_path / "out")
 
 
 # --- real pictures

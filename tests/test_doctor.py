@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +18,7 @@ from safetensors.torch import save_file
 
 from grace_core.config import GraceConfig
 from grace_core.config.data import ShareGPT4VData
+from grace_core.doctor import dataset
 from grace_core.doctor.dataset import check_data, estimated_size, estimated_text
 from grace_core.doctor.examination import examine
 from grace_core.doctor.findings import (
@@ -218,6 +221,87 @@ def test_the_first_records_and_their_pictures_are_looked_at(tmp_path: Path) -> N
     assert "'2.png' does not exist" in finding.text
     (folder / "2.png").write_bytes(b"x" * 3000)
     one(about_data(config), Severity.OK, "the first 2 records and their pictures are sound")
+
+
+def test_pictures_are_looked_for_all_over_the_file(tmp_path: Path) -> None:
+    """The first records are sound; `coco`, from the middle of the file on, is not mounted."""
+    folder = tmp_path / "data"
+    names = [f"sam/{number}.jpg" for number in range(3000)]
+    names[2000:2000] = [f"coco/train2017/{number}.jpg" for number in range(1000)]
+    config = annotations(folder, [record(name) for name in names])
+    (folder / "sam").mkdir()
+    for name in names[:2000] + names[3000:]:
+        (folder / name).touch()
+    finding = one(about_data(config), Severity.PROBLEM, "named all over it cannot be used")
+    assert "'coco/train2017/0.jpg' does not exist" in finding.text
+    below = finding.text.split(f"below {folder}: ")[1]
+    found = re.fullmatch(
+        r"coco (\d+) of (\d+) \(there is no such folder\); data.max_quarantined_share is 0.05",
+        below,
+    )
+    assert found is not None and found[1] == found[2] and int(found[1]) > 100
+
+    source = config.data.source.model_dump()
+    allowed = toy(f"data.source={json.dumps(source)}", "data.max_quarantined_share=0.999")
+    one(about_data(allowed), Severity.WARNING, "named all over it cannot be used")
+
+
+def test_a_small_folder_is_missed_in_a_large_file_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its records are 1 % of all, and a tenth of the file is read, at 100 places."""
+    monkeypatch.setattr(dataset, "_PLACES", 100)
+    monkeypatch.setattr(dataset, "_PLACE_BYTES", 1500)
+    folder = tmp_path / "data"
+    names = [
+        f"wikiart/{number}.jpg" if number % 100 == 99 else f"sam/{number}.jpg"
+        for number in range(11_000)
+    ]
+    config = annotations(folder, [record(name) for name in names])
+    (folder / "sam").mkdir()
+    for name in names:
+        if name.startswith("sam"):
+            (folder / name).touch()
+    finding = one(about_data(config), Severity.PROBLEM, "named all over it cannot be used")
+    assert "wikiart" in finding.text.split(f"below {folder}: ")[1]
+
+
+def test_a_few_missing_pictures_are_a_warning(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    names = [f"sam/{number}.jpg" for number in range(1000)]
+    config = annotations(folder, [record(name) for name in names])
+    (folder / "sam").mkdir()
+    for number, name in enumerate(names):
+        if number % 25 != 24:  # 4 % are not there
+            (folder / name).touch()
+    found = about_data(config)
+    one(found, Severity.WARNING, "named all over it cannot be used")
+    assert Severity.PROBLEM not in severities(found)
+
+
+def test_names_within_a_text_are_no_pictures(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    told = record("1.png")
+    told["conversations"] = [
+        {"from": "human", "value": '<image> {"image": "none.jpg"}'},
+        {"from": "gpt", "value": json.dumps({"image": json.dumps({"image": "gone.jpg"})})},
+    ]
+    config = annotations(folder, [told])
+    (folder / "1.png").touch()
+    one(about_data(config), Severity.OK, "1 pictures named all over it are in place")
+
+
+def test_a_storage_that_fails_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = annotations(tmp_path / "data", [record("1.png")])
+    is_file = Path.is_file
+
+    def fail(path: Path) -> bool:
+        if path.suffix == ".png":
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", fail)
+    one(about_data(config), Severity.PROBLEM, "Stale file handle")
 
 
 def test_the_size_of_the_data_is_taken_from_the_first_records(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ def make_config(root: Path, family: str) -> GraceConfig:
                 "max_tokens": 256,
                 "min_pixels": 1024,
                 "max_pixels": 16384,
+                "max_quarantined_share": 0.1,  # one of 13 is
                 "held_out_share": 0.2,
             },
             "distill": {"training": training, "objective": objective},

@@ -47,6 +47,11 @@ class Data(Section):
     max_decoded_pixels: PositiveInt = Field(
         100_000_000, description="pixels; a picture file that decodes to more is quarantined"
     )
+    max_quarantined_share: Share = Field(
+        0.05,
+        description="share (0.05 is 5 %) of records that may be quarantined, of all and of those "
+        "with pictures in any one folder of the root (of 100 records or more)",
+    )
     held_out_share: Share = Field(
         0.0, description="share (0.1 is 10 %) of records kept from training, for the held-out loss"
     )

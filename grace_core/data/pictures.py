@@ -1,11 +1,14 @@
 """Pictures: finding them below their root, and decoding them to upright 8-bit RGB.
 
 Every way in which a picture can be unfit ends in `UnusableRecord`, so that the record goes to
-quarantine with the reason and nothing is decoded that should not be.
+quarantine with the reason and nothing is decoded that should not be. What is no fault of the
+picture (a storage that fails, memory that is full) is raised as it is: the same picture would be
+read at another time.
 """
 
 from __future__ import annotations
 
+import errno
 import io
 import re
 import warnings
@@ -32,6 +35,12 @@ _BYTES_PER_PIXEL = 8
 _TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap width and height."""
 
+_FAULTS_OF_A_PATH = (
+    *(errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EACCES, errno.EPERM),
+)
+"""Errors that say something of a name and its rights; all others are the storage's."""
+
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
@@ -43,6 +52,7 @@ def resolve_picture(root: Path, relative: str) -> Path:
 
     Raises:
         UnusableRecord: OUTSIDE_ROOT, or PICTURE_MISSING where there is no regular file.
+        OSError: the storage fails.
     """
     # An absolute path is refused even where it points into the root: the record would then work on
     # one machine only.
@@ -53,7 +63,9 @@ def resolve_picture(root: Path, relative: str) -> Path:
         path = (real_root / relative).resolve()
         inside = path.is_relative_to(real_root)
         regular = inside and path.is_file()
-    except (OSError, RuntimeError, ValueError):
+    except (OSError, RuntimeError, ValueError) as error:
+        if isinstance(error, OSError) and error.errno not in _FAULTS_OF_A_PATH:
+            raise
         # A name too long for the file system, a loop of links, a folder that may not be searched.
         raise UnusableRecord(
             Reason.PICTURE_MISSING, f"{_shown(relative)} cannot be looked up"
@@ -72,7 +84,8 @@ def read_picture(root: Path, relative: str, max_decoded_pixels: int) -> bytes:
     Raises:
         UnusableRecord: as `resolve_picture`; PICTURE_TOO_LARGE for a file larger than its
             greatest permitted number of pixels would be without compression;
-            PICTURE_UNREADABLE where the file cannot be read.
+            PICTURE_UNREADABLE where the file may not be read.
+        OSError: the storage fails.
     """
     path = resolve_picture(root, relative)
     try:
@@ -83,6 +96,8 @@ def read_picture(root: Path, relative: str, max_decoded_pixels: int) -> bytes:
             )
         return path.read_bytes()
     except OSError as error:
+        if error.errno not in _FAULTS_OF_A_PATH:
+            raise
         raise UnusableRecord(
             Reason.PICTURE_UNREADABLE, f"{_shown(relative)}: {error.strerror}"
         ) from error
@@ -107,6 +122,8 @@ def open_picture(source: bytes | Path, max_decoded_pixels: int) -> Image.Image:
     Raises:
         UnusableRecord: PICTURE_UNREADABLE (empty, truncated, unknown format, grey values without
             a defined range), PICTURE_TOO_LARGE or ASPECT_RATIO.
+        OSError: the file cannot be read.
+        MemoryError: there is too little of it.
     """
     with _opened(source, max_decoded_pixels) as image:
         image.load()
@@ -129,8 +146,8 @@ def picture_size(source: bytes | Path, max_decoded_pixels: int) -> tuple[int, in
 @contextmanager
 def _opened(source: bytes | Path, max_decoded_pixels: int) -> Iterator[Image.Image]:
     """A picture whose header is fit; whatever is found unfit in the block is `UnusableRecord`."""
+    data = source if isinstance(source, bytes) else source.read_bytes()
     try:
-        data = source if isinstance(source, bytes) else source.read_bytes()
         with warnings.catch_warnings():
             # What Pillow only warns of is judged by `max_decoded_pixels` right below.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -138,7 +155,7 @@ def _opened(source: bytes | Path, max_decoded_pixels: int) -> Iterator[Image.Ima
         with image:
             _check_size(image.width, image.height, max_decoded_pixels)
             yield image
-    except UnusableRecord:
+    except (UnusableRecord, MemoryError):
         raise
     except _TOO_LARGE:
         raise UnusableRecord(

@@ -23,6 +23,7 @@ from PIL import Image
 
 from grace_core.data.chat import ConversationEncoder
 from grace_core.data.pictures import open_picture, read_picture
+from grace_core.data.quarantine import Quarantined
 from grace_core.data.sharegpt4v import (
     RawRecord,
     Reason,
@@ -87,6 +88,7 @@ def prepare(
     picture_tokens: PictureTokens,
     max_tokens: int,
     max_decoded_pixels: int,
+    max_quarantined_share: float,
     held_out_share: float,
     seed: int,
     out: Path,
@@ -107,23 +109,24 @@ def prepare(
         image_token_id: from the model's configuration.
         picture_tokens: rule of the model's image processor.
         max_decoded_pixels: width x height of the largest picture that is decoded.
+        max_quarantined_share: in [0, 1], of all records and of those of each folder of `root`.
         held_out_share: in [0, 1).
         out: an existing folder without these names in it; the caller gives it its final name.
         on_progress: called with the counts so far every 100 records, and at the end.
 
     Raises:
-        GraceError: the root is missing, the template does not fit, a file is damaged, or nothing is
-            left to train on.
+        GraceError: the root is missing, the template does not fit, a file is damaged, the storage
+            fails, more is quarantined than may be, or nothing is left to train on.
     """
     if not root.is_dir():
         raise GraceError(f"picture root {root} is no folder; set data.source.root")
     encoder = ConversationEncoder(tokenizer, image_token_id)
     seen: set[bytes] = set()
     counts: Counter[str] = Counter()
-    reasons: Counter[str] = Counter()
+    quarantined = Quarantined()
 
     def report() -> PreparationReport:
-        return PreparationReport(**counts, reasons=dict(sorted(reasons.items())))
+        return PreparationReport(**counts, reasons=dict(sorted(quarantined.reasons.items())))
 
     with (
         _ArrowFolder(out / TRAIN) as train,
@@ -132,17 +135,20 @@ def prepare(
     ):
         for raw in records:
             counts["records"] += 1
+            pictures: tuple[str, ...] = ()
             try:
                 record = parse_record(raw)
+                pictures = record.images
                 _refuse_duplicate(raw, seen)
                 row = _row(
                     raw.index, record, root, encoder, picture_tokens, max_tokens, max_decoded_pixels
                 )
             except UnusableRecord as error:
                 counts["quarantined"] += 1
-                reasons[error.reason.value] += 1
+                quarantined.count(raw.index, pictures, error)
                 quarantine.write(json.dumps(_quarantine_entry(raw, error)) + "\n")
             else:
+                quarantined.count(raw.index, pictures)
                 is_held_out = _draw(seed, _drawn_by(raw.index, record)) < held_out_share
                 (held_out if is_held_out else train).write(row)
                 counts["used"] += 1
@@ -154,11 +160,13 @@ def prepare(
 
     final = report()
     if final.used == final.held_out:
-        listed = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common())
+        reasons = quarantined.reasons.most_common()
+        listed = ", ".join(f"{count} x {reason}" for reason, count in reasons)
         raise GraceError(
             f"none of {final.records} records is left for training ({final.held_out} held out; "
             f"quarantined: {listed or 'none'}); check data.source and data.held_out_share"
         )
+    quarantined.require_at_most(max_quarantined_share, final.records, root)
     if on_progress is not None:
         on_progress(final)
     return final
@@ -177,7 +185,13 @@ def _row(
     grids: list[list[int]] = []
     token_counts: list[int] = []
     for name in record.images:
-        content = read_picture(root, name, max_decoded_pixels)
+        try:
+            content = read_picture(root, name, max_decoded_pixels)
+        except OSError as error:
+            raise GraceError(
+                f"picture {name[:120]!r} of record {index} cannot be read, through no fault of its "
+                f"own ({error.strerror}); see to the storage that holds {root} and start again"
+            ) from error
         try:
             grid, count = picture_tokens(open_picture(content, max_decoded_pixels))
         except UnusableRecord as error:

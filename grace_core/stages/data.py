@@ -88,6 +88,7 @@ def prepare_data(config: GraceConfig, context: StageContext) -> Artifact:
             picture_tokens=visual.grid_and_tokens,
             max_tokens=data.max_tokens,
             max_decoded_pixels=data.max_decoded_pixels,
+            max_quarantined_share=data.max_quarantined_share,
             held_out_share=data.held_out_share,
             seed=config.seed,
             out=writer.path,
