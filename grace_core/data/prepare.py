@@ -97,7 +97,8 @@ def prepare(
     """Write `out/train` and `out/held_out` (`datasets.load_from_disk`) and `out/quarantine.jsonl`.
 
     A record goes to `held_out` by a hash of `seed` and its first picture's path (its index without
-    one), whatever else is in the data: records of one picture stay on one side. Two elements that
+    one), whatever else is in the data: records with the same first path stay on one side. The same
+    picture under another path, or as a later one of a record, may be on both. Two elements that
     are equal as JSON, id included, are one record: the later is quarantined. A record
     of more than `max_tokens` tokens is quarantined and never cut, since a cut could part a picture
     from its text.
