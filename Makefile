@@ -36,7 +36,7 @@ ui: setup ## Serve Prefect and MLflow, to browse what ran
 
 .PHONY: test
 test: setup ## Run the tests (ARGS="-k name" for some); no network is used
-	HF_HUB_OFFLINE=1 $(PY) -m pytest $(ARGS)
+	HF_HUB_OFFLINE=1 $(PY) -m pytest -n 2 --dist loadfile $(ARGS)
 
 .PHONY: chaos
 chaos: setup ## Run the pipeline while things fail (root, for a small disk; ARGS="--seed 7"): 15 to 25 minutes

@@ -470,7 +470,7 @@ def test_a_report_that_cannot_be_written_hides_nothing(
     cli: Cli, stages: Scored, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".failure.json.new").mkdir()
+    (tmp_path / "run" / "failure.json").mkdir()
 
     def fail(*_: object) -> None:
         raise GraceError("the reason")

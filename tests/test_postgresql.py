@@ -134,7 +134,7 @@ def test_the_flow_runs_and_finds_its_stages_done(
     finally:
         mlflow.set_tracking_uri(before)
     assert states == ["Completed", "Completed"]
-    assert names.count("Cached") == 15
+    assert names.count("Cached") == 16
 
 
 def test_what_setup_deploys_runs_in_workers(prefect_api: str, tmp_path: Path) -> None:

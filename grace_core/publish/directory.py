@@ -187,6 +187,8 @@ def _recover(root: Path) -> None:
             os.replace(final, undone)
             shutil.rmtree(undone)
     (root / JOURNAL).unlink(missing_ok=True)
+    for unfinished in root.glob(".*.new"):  # of a killed process: the lock is ours
+        unfinished.unlink()
 
 
 def _aside(final: Path, what: str) -> Path:
