@@ -48,7 +48,7 @@ def grace(
         return nothing_new(inputs)
     asks = approval_needed(settings)
     if asks:
-        require_publisher()
+        require_publisher(settings)
         settings = load_config(config, [*given, unpublished])
     with tracked_flow(settings) as run:
         result = published(settings, run, holds=settings.publish.enabled or asks)

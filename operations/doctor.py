@@ -32,8 +32,9 @@ def examine_all(config: GraceConfig, goal: Goal = "publish") -> list[Finding]:
     from grace_core.doctor.examination import examine
     from operations.check_mlflow import check_mlflow
     from operations.check_prefect import check_prefect
+    from operations.publishing_rights import check_token
 
-    return [*examine(config, goal), *check_prefect(), *check_mlflow()]
+    return [*examine(config, goal, check_token), *check_prefect(), *check_mlflow()]
 
 
 @app.command(

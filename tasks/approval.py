@@ -23,10 +23,12 @@ from pydantic import Field, StringConstraints
 
 from grace_core import stages
 from grace_core.config import GraceConfig
+from grace_core.doctor.findings import Severity, require_no_problem
 from grace_core.errors import GraceError
 from grace_core.publish.approval import Approval
 from grace_core.publish.release_set import destination_of, table_of
 from operations.flow_run_states import REJECTED
+from operations.publishing_rights import check_token_of_publisher
 from tasks.tracked import StageRef
 
 PUBLISHER = "grace-publish/publish"
@@ -48,8 +50,8 @@ def approval_needed(config: GraceConfig) -> bool:
     return config.publish.enabled and config.publish.approval
 
 
-def require_publisher() -> None:
-    """Raise before any work unless the deployment that asks and publishes is there."""
+def require_publisher(config: GraceConfig) -> None:
+    """Raise before any work unless the deployment that asks is there and its token may publish."""
     with get_client(sync_client=True) as client:
         try:
             client.read_deployment_by_name(PUBLISHER)
@@ -58,6 +60,11 @@ def require_publisher() -> None:
                 f"publish.approval is true, but there is no deployment {PUBLISHER} to ask for it; "
                 "run `grace setup`, or set publish.approval=false"
             ) from None
+    findings = list(check_token_of_publisher(config))
+    require_no_problem(findings)
+    for finding in findings:
+        if finding.severity in (Severity.WARNING, Severity.UNCHECKED):
+            get_run_logger().warning("%s: %s", finding.area, finding.sentence)
 
 
 @task(task_run_name="request-publication", cache_policy=NO_CACHE, persist_result=False)

@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-from typing import cast
 
 from mlflow import MlflowClient
 from prefect import task
-from prefect.blocks.system import Secret
 from prefect.cache_policies import NO_CACHE
 
 from grace_core import stages
 from grace_core.artifacts import Artifact
 from grace_core.config import GraceConfig
-from grace_core.config.publish import HubDestination
 from grace_core.errors import GraceError
 from grace_core.publish.approval import Approval
 from grace_core.publish.release_set import HubAccess
 from grace_core.whole_files import write_whole
+from operations.publishing_rights import secret, token_block
 from tasks.lineage import mark_published
 from tasks.tracked import StageRef, run_stage, stage_task
 
@@ -59,18 +56,16 @@ def _token(config: GraceConfig) -> str | None:
 
     It is handed on within this process only: never a parameter or a result of a task.
     """
-    destination = config.publish.destination
-    name = destination.token_secret if isinstance(destination, HubDestination) else None
-    if name is None or not config.publish.enabled or os.environ.get("HF_TOKEN"):
+    block = token_block(config)
+    if block is None:
         return None
-    try:
-        block = cast(Secret, Secret.load(name))
-    except ValueError as error:  # there is no such block
+    token = secret(block)
+    if token is None:
         raise GraceError(
-            f"publish.destination.token_secret: Prefect has no Secret block {name}; make one "
+            f"publish.destination.token_secret: Prefect has no Secret block {block}; make one "
             "in its UI under Blocks, or export HF_TOKEN"
-        ) from error
-    return str(block.get())
+        )
+    return token
 
 
 @task(task_run_name="results", cache_policy=NO_CACHE)

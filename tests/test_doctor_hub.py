@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 from huggingface_hub import constants
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from grace_core.config import GraceConfig
 from grace_core.doctor.checkpoints import Checkpoint
@@ -14,6 +15,7 @@ from grace_core.doctor.findings import (
     as_text,
 )
 from grace_core.doctor.hub import check_publishing, look_up
+from operations.publishing_rights import check_token, check_token_of_publisher
 from tests.findings import ROOT, one, toy
 from tests.hub_server import Blob, Hub, Repository, running_hub
 
@@ -106,6 +108,30 @@ def test_no_token_a_wrong_one_and_a_server_in_trouble(
     one(found, Severity.PROBLEM, "HF_TOKEN is not set")
     assert TOKEN not in as_text(found)
     assert not list(check_publishing(toy())), "a directory needs no token"
+
+
+def test_another_process_may_publish_with_another_token(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After an approval: this process's HF_TOKEN need not be able to write."""
+    hub.who = {"type": "user", "name": "someone", "auth": {"accessToken": {"role": "read"}}}
+    config = publishing(hub.endpoint)
+    one(check_token(config), Severity.PROBLEM, "the scope of HF_TOKEN is `read`")
+    one(check_token_of_publisher(config), Severity.WARNING, "HF_TOKEN is `read` here; the")
+    monkeypatch.delenv("HF_TOKEN")
+    one(check_token_of_publisher(config), Severity.WARNING, "HF_TOKEN is not set here; the")
+
+
+def test_a_block_helps_neither_the_command_line_nor_where_no_server_is_known(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_TOKEN")
+    place = f"{{kind: hub, namespace: me, endpoint: '{hub.endpoint}', token_secret: hub-token}}"
+    config = toy(f"publish.destination={place}")
+    found = one(check_publishing(config), Severity.PROBLEM, "HF_TOKEN is not set")
+    assert "only the deployments read the Secret block hub-token" in found.remedy
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        one(check_token(config), Severity.UNCHECKED, "the Secret block hub-token was not read")
 
 
 def test_what_must_be_downloaded_is_looked_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,11 +15,15 @@ from prefect.testing.utilities import prefect_test_harness
 
 from flows.pipeline import grace
 from grace_core.artifacts import Artifact
+from grace_core.config import load_config
 from grace_core.config.tree import GraceConfig
+from grace_core.doctor.findings import NotReady, Severity
 from grace_core.errors import GraceError
 from grace_core.publish.approval import Approval
 from grace_core.publish.release_set import FROM_ENVIRONMENT, HubAccess
 from grace_core.stages import StageContext
+from operations.publishing_rights import check_token_of_publisher
+from tests.findings import one
 from tests.hub_server import Hub, running_hub
 from tests.publishing import TOKEN, published, release, send, target
 from tests.stand_in_stages import StandIns
@@ -113,18 +117,27 @@ def test_the_token_reaches_the_hub_and_nothing_else(
     assert holders(places) == []
 
 
-def test_a_block_that_is_not_there_is_named(
+def test_the_block_is_looked_at_before_any_work(
     places: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.chdir(ROOT)
-    StandIns().install(monkeypatch)
-    with pytest.raises(GraceError, match="no Secret block nowhere"):
-        grace(
-            "configs/toy.yaml",
-            [
-                f"run_dir={tmp_path}/run",
-                "tracking.experiment=secrets",
-                "publish.destination={kind: hub, namespace: me, token_secret: nowhere}",
-            ],
-        )
+    stages = StandIns()
+    stages.install(monkeypatch)
+    overrides = [f"run_dir={tmp_path}/run", "tracking.experiment=secrets"]
+
+    def where(endpoint: str, block: str) -> list[str]:
+        place = f"{{kind: hub, namespace: me, endpoint: '{endpoint}', token_secret: {block}}}"
+        return [*overrides, f"publish.destination={place}"]
+
+    with running_hub(TOKEN) as hub:
+        with pytest.raises(NotReady, match="no Secret block nowhere"):
+            grace("configs/toy.yaml", where(hub.endpoint, "nowhere"))
+        hub.who = {"type": "user", "name": "me", "auth": {"accessToken": {"role": "read"}}}
+        with pytest.raises(NotReady, match=f"scope of the Secret block {SECRET} is `read`") as told:
+            grace("configs/toy.yaml", where(hub.endpoint, SECRET))
+        assert TOKEN not in str(told.value)
+        assert stages.made == []
+        asks = load_config("configs/toy.yaml", where(hub.endpoint, SECRET))
+        one(check_token_of_publisher(asks), Severity.PROBLEM, "is `read`")

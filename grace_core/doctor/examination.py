@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from grace_core.artifacts import stage_folders
 from grace_core.config.launch import SlurmLaunch
@@ -23,17 +23,25 @@ from grace_core.plan import Goal, planned_stages
 _COMPUTES_NOTHING = ("benchmarks", "world", "data", "report", "publish")
 
 
-def examine(config: GraceConfig, goal: Goal = "publish") -> list[Finding]:
+def examine(
+    config: GraceConfig,
+    goal: Goal = "publish",
+    publishing: Callable[[GraceConfig], Iterable[Finding]] = check_publishing,
+) -> list[Finding]:
     """Look at everything that a run up to `goal` needs; Prefect and MLflow are not asked.
 
     Loads no weights, downloads nothing and imports no torch. What only finished stages would need
     is not asked for: a run that merely publishes what is there needs neither GPU nor room for
     checkpoints.
+
+    publishing: looks at the token, where the run publishes.
     """
-    return list(_all(config, goal))
+    return list(_all(config, goal, publishing))
 
 
-def _all(config: GraceConfig, goal: Goal) -> Iterator[Finding]:
+def _all(
+    config: GraceConfig, goal: Goal, publishing: Callable[[GraceConfig], Iterable[Finding]]
+) -> Iterator[Finding]:
     yield from check_versions()
     teacher, unreadable_teacher = read_checkpoint(config.models.teacher, "models.teacher.path")
     student, unreadable_student = read_checkpoint(config.models.student, "models.student.path")
@@ -51,7 +59,7 @@ def _all(config: GraceConfig, goal: Goal) -> Iterator[Finding]:
         yield from found
     yield from _compute(config, goal, teacher, student, benchmarks)
     if "publish" in planned_stages(config, goal):
-        yield from check_publishing(config)
+        yield from publishing(config)
 
 
 def _compute(

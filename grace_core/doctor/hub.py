@@ -1,6 +1,6 @@
 """The Hugging Face Hub: what must be downloaded is there, and the token may publish.
 
-Asks the Hub's API and transfers no file. The token comes from HF_TOKEN and is part of no finding.
+Asks the Hub's API and transfers no file. The token is part of no finding.
 """
 
 from __future__ import annotations
@@ -68,36 +68,32 @@ def missing_token(config: GraceConfig) -> Iterator[Finding]:
     destination = _destination(config)
     if destination is None or os.environ.get("HF_TOKEN"):
         return
+    remedy = "publishing to the Hub needs it; export a token with the right to write"
     if destination.token_secret is not None:
-        yield unchecked(
-            AREA,
-            "HF_TOKEN is not set; the deployments read the Secret block "
-            f"{destination.token_secret}",
-            "export HF_TOKEN to publish from the command line",
-        )
-    else:
-        yield problem(
-            AREA,
-            "publish.destination: HF_TOKEN is not set",
-            "publishing to the Hub needs it; export a token with the right to write",
-        )
+        remedy += f" (only the deployments read the Secret block {destination.token_secret})"
+    yield problem(AREA, "publish.destination: HF_TOKEN is not set", remedy)
 
 
-def check_publishing(config: GraceConfig) -> Iterator[Finding]:
-    """The token is there and may write to the namespace, as the Hub itself says."""
+def check_publishing(
+    config: GraceConfig, token: str | None = None, called: str = "HF_TOKEN"
+) -> Iterator[Finding]:
+    """The token is there and may write to the namespace, as the Hub itself says.
+
+    token: None for that of HF_TOKEN; called: where it is from, for the findings.
+    """
     destination = _destination(config)
     if destination is None:
         return
-    missing = [*missing_token(config)]
-    if missing:
-        yield from missing
+    token = token or os.environ.get("HF_TOKEN")
+    if not token:
+        yield from missing_token(config)
         return
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     from grace_core.hub_transport import TransportError
 
-    api = HfApi(endpoint=destination.endpoint, token=os.environ["HF_TOKEN"])
+    api = HfApi(endpoint=destination.endpoint, token=token)
     try:
         who = api.whoami()
     except OfflineModeIsEnabled:
@@ -110,9 +106,9 @@ def check_publishing(config: GraceConfig) -> Iterator[Finding]:
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status == 401:
-            yield problem(AREA, "HF_TOKEN was refused (401)", "export a valid token")
+            yield problem(AREA, f"{called} was refused (401)", "give it a valid token")
         else:
-            yield unchecked(AREA, f"HF_TOKEN: the Hub answered {status}", "try again later")
+            yield unchecked(AREA, f"{called}: the Hub answered {status}", "try again later")
         return
     except (TransportError, OSError) as error:
         yield problem(
@@ -121,7 +117,7 @@ def check_publishing(config: GraceConfig) -> Iterator[Finding]:
             "check the connection and publish.destination.endpoint",
         )
         return
-    yield _scope(destination.namespace, who)
+    yield _scope(destination.namespace, who, called)
 
 
 def _destination(config: GraceConfig) -> HubDestination | None:
@@ -130,36 +126,36 @@ def _destination(config: GraceConfig) -> HubDestination | None:
     return destination if wanted and isinstance(destination, HubDestination) else None
 
 
-def _scope(namespace: str, who: Mapping[str, Any]) -> Finding:
+def _scope(namespace: str, who: Mapping[str, Any], called: str) -> Finding:
     """What the answer of `whoami-v2` says about writing to `namespace`."""
     token = (who.get("auth") or {}).get("accessToken") or {}
     role = token.get("role")
     remedy = f"create a token with the right to write to {namespace}"
     if role == "read":
-        return problem(AREA, "the scope of HF_TOKEN is `read`", remedy)
+        return problem(AREA, f"the scope of {called} is `read`", remedy)
     if role == "fineGrained":
         scopes = (token.get("fineGrained") or {}).get("scoped") or []
         for scope in scopes:
             mine = (scope.get("entity") or {}).get("name") == namespace
             if mine and "repo.write" in (scope.get("permissions") or []):
-                return ok(AREA, f"HF_TOKEN is fine-grained and may write to {namespace}")
-        text = f"HF_TOKEN is fine-grained and may not write to {namespace}"
+                return ok(AREA, f"{called} is fine-grained and may write to {namespace}")
+        text = f"{called} is fine-grained and may not write to {namespace}"
         return problem(AREA, text, remedy)
     if role != "write":
-        text = f"the Hub tells no scope of HF_TOKEN (role {role!r})"
+        text = f"the Hub tells no scope of {called} (role {role!r})"
         return unchecked(AREA, text, f"make sure that it may write to {namespace}")
     if namespace == who.get("name"):
-        return ok(AREA, f"HF_TOKEN may write to {namespace}")
+        return ok(AREA, f"{called} may write to {namespace}")
     for group in who.get("orgs") or []:
         if group.get("name") == namespace:
             rank = group.get("roleInOrg")
             if rank in _MAY_WRITE:
-                return ok(AREA, f"HF_TOKEN may write to the organisation {namespace}")
-            text = f"the owner of HF_TOKEN has the role {rank!r} in {namespace}"
+                return ok(AREA, f"{called} may write to the organisation {namespace}")
+            text = f"the owner of {called} has the role {rank!r} in {namespace}"
             return problem(AREA, text, "ask the organisation for the role `write`")
     owner = who.get("name")
     return problem(
         AREA,
-        f"{namespace} is neither {owner}, the owner of HF_TOKEN, nor one of its organisations",
+        f"{namespace} is neither {owner}, the owner of {called}, nor one of its organisations",
         "mend publish.destination.namespace, or export another token",
     )
