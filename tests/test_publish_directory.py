@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -64,14 +66,25 @@ def test_a_new_release_takes_the_place_of_the_old(tmp_path: Path) -> None:
     assert "extra/notes.txt" not in shown(tmp_path / "out" / LABELS["w4"])
 
 
+def fails_at(step: int | str) -> Callable[[Path, Path], None]:
+    """`os.replace`, of which the call with this number fails; with a word, none does."""
+    replace, numbers = os.replace, itertools.count(1)
+
+    def rename(source: Path, renamed: Path) -> None:
+        if next(numbers) == step:
+            raise OSError("no permission")
+        replace(source, renamed)
+
+    return rename
+
+
 @pytest.mark.parametrize("when", ["copying", "verifying", *range(1, 6)])
 def test_a_failure_leaves_the_old_release(
     tmp_path: Path, when: str | int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old, new = release(tmp_path, "1", LABELS), release(tmp_path, "2", LABELS)
     publish_to_directory(old, tmp_path / "out")
-    copy, replace = shutil.copyfile, os.replace
-    renames = 0
+    copy = shutil.copyfile
 
     def bad_copy(source: Path, copied: Path) -> None:
         copy(source, copied)
@@ -81,16 +94,9 @@ def test_a_failure_leaves_the_old_release(
             if when == "verifying":
                 copied.write_bytes(b"bit rot")
 
-    def bad_replace(source: Path, renamed: Path) -> None:
-        nonlocal renames
-        renames += 1
-        if renames == when:
-            raise OSError("no permission")
-        replace(source, renamed)
-
     with monkeypatch.context() as patched:
         patched.setattr(directory.shutil, "copyfile", bad_copy)
-        patched.setattr(directory.os, "replace", bad_replace)
+        patched.setattr(directory.os, "replace", fails_at(when))
         with pytest.raises((OSError, GraceError), match=r"disk full|differs|no permission"):
             publish_to_directory(new, tmp_path / "out")
     require_published(tmp_path / "out", old)
@@ -108,17 +114,8 @@ def test_a_failure_leaves_no_model_that_is_new(
     old = release(tmp_path, "1", names)
     if old:
         publish_to_directory(old, root)
-    replace, renames = os.replace, 0
-
-    def fails(source: Path, renamed: Path) -> None:
-        nonlocal renames
-        renames += 1
-        if renames == step:
-            raise OSError("no permission")
-        replace(source, renamed)
-
     with monkeypatch.context() as patched:
-        patched.setattr(directory.os, "replace", fails)
+        patched.setattr(directory.os, "replace", fails_at(step))
         with pytest.raises(OSError, match="no permission"):
             publish_to_directory(release(tmp_path, "2", LABELS), root)
     index = read_directory_index(root)

@@ -70,7 +70,7 @@ def publish(
 
 
 def _show_preview(seen: Preview) -> None:
-    from grace_core.publish.zoo import in_bytes
+    from grace_core.export.amounts import in_bytes
 
     table = Table(title="What would be published")
     for name in ("Destination", "Now", "Then"):

@@ -33,13 +33,15 @@ class Size:
 def missing_benchmarks(config: GraceConfig) -> Iterator[Finding]:
     """Benchmarks that are not at the path that is given, those of the Hub without a commit, and
     those that are asked in part."""
+    from grace_core.evaluation.benchmarks import is_generated
+
     unpinned = []
     for each in config.evaluation.benchmarks:
         if each.path is not None:
             if not Path(each.path).expanduser().exists():
                 text = f"evaluation.benchmarks: {each.name}: not on this machine: {each.path}"
                 yield problem(AREA, text, "set its path, or leave it out to use the Hub")
-        elif not _is_generated(each) and each.revision is None:
+        elif not is_generated(each) and each.revision is None:
             unpinned.append(each.name)
     if unpinned:
         yield warning(
@@ -50,7 +52,7 @@ def missing_benchmarks(config: GraceConfig) -> Iterator[Finding]:
     limited = [
         each.name
         for each in config.evaluation.benchmarks
-        if (each.items or config.evaluation.items) is not None and not _is_generated(each)
+        if (each.items or config.evaluation.items) is not None and not is_generated(each)
     ]
     if limited and config.publish.enabled and config.evaluation.gate.complete:
         yield warning(
@@ -66,8 +68,10 @@ def check_benchmarks(config: GraceConfig) -> tuple[list[Finding], list[Size]]:
 
     Sizes are of all but the generated ones.
     """
+    from grace_core.evaluation.benchmarks import is_generated
+
     found = [*missing_benchmarks(config)]
-    chosen = [each for each in config.evaluation.benchmarks if not _is_generated(each)]
+    chosen = [each for each in config.evaluation.benchmarks if not is_generated(each)]
     if any(finding.severity == "problem" for finding in found):
         return found, [Size(each.name) for each in chosen]
     sizes = []
@@ -77,13 +81,6 @@ def check_benchmarks(config: GraceConfig) -> tuple[list[Finding], list[Size]]:
         found.append(finding)
         sizes.append(size)
     return found, sizes
-
-
-def _is_generated(chosen: ChosenBenchmark) -> bool:
-    from grace_core.evaluation.benchmarks import find_benchmark
-
-    source = find_benchmark(chosen.name).source
-    return source is None and chosen.path is None and chosen.repository is None
 
 
 def _read(chosen: ChosenBenchmark, config: GraceConfig) -> tuple[Finding, Size]:

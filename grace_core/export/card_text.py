@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from grace_core.export.amounts import in_bytes, in_short
 from grace_core.export.card_facts import (
     ARXIV,
     AUTHORS,
@@ -67,8 +68,8 @@ def _introduction(release: Release, results: Results) -> str:
         "Teacher": release.teacher,
         "Training framework": f"GRACE ([arXiv {ARXIV}](https://arxiv.org/abs/{ARXIV}))",
         "Precision": _PRECISION[release.precision],
-        "Parameters": _in_short(release.parameters),
-        "Weight files": _in_bytes(release.size),
+        "Parameters": in_short(release.parameters),
+        "Weight files": in_bytes(release.size),
         "Training data": release.dataset,
         "Evaluation protocol": _protocol(results),
     }
@@ -80,14 +81,6 @@ def _introduction(release: Release, results: Results) -> str:
         f"{', '.join(AUTHORS[:-1])} and {AUTHORS[-1]} ({VENUE}).\n\n"
         f"## Model details\n\n{_two_columns(rows)}"
     )
-
-
-def _in_short(count: int) -> str:
-    return f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
-
-
-def _in_bytes(size: int) -> str:
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _protocol(results: Results) -> str:

@@ -36,13 +36,13 @@ _COMPUTED = ("position_ids", "rotary_emb.inv_freq")
 
 _VOCABULARY = ("embed_tokens.weight", "lm_head.weight")
 _SAME = {
-    "mm_vision_select_layer": ("vision_feature_layer", lambda value: value),
-    "mm_vision_select_feature": (
-        "vision_feature_select_strategy",
-        lambda value: {"patch": "default", "cls_patch": "full"}.get(value, value),
-    ),
+    "mm_vision_select_layer": "vision_feature_layer",
+    "mm_vision_select_feature": "vision_feature_select_strategy",
 }
-"""Settings of the original, and how the base says the same."""
+"""Settings of the original, and what the base calls them."""
+
+_SAME_WORDS = {"patch": "default", "cls_patch": "full"}
+"""Values of theirs, and what the base calls them."""
 
 
 def is_original_llava(folder: Path) -> bool:
@@ -152,8 +152,10 @@ def _compare_settings(folder: Path, base: Path) -> None:
     projector = theirs.get("mm_projector_type", "mlp2x_gelu")
     if projector != "mlp2x_gelu":
         raise GraceError(f"{folder}: mm_projector_type {projector!r} is not LLaVA-1.5's mlp2x_gelu")
-    for name, (of_base, in_words_of_base) in _SAME.items():
-        if name in theirs and of_base in ours and in_words_of_base(theirs[name]) != ours[of_base]:
+    for name, of_base in _SAME.items():
+        if name not in theirs or of_base not in ours:
+            continue
+        if _SAME_WORDS.get(theirs[name], theirs[name]) != ours[of_base]:
             raise GraceError(
                 f"{folder}: {name} is {theirs[name]!r}, but {of_base} of {base} is "
                 f"{ours[of_base]!r}; give the transformers checkpoint of the same model"

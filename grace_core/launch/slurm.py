@@ -106,7 +106,7 @@ class SlurmBackend:
             job = self._job_left_behind(files) or self._submit(program, files)
             files.record_job(job)
             exit_code, state = self._watch(job, program, files, look)
-        except Exception as error:
+        except Exception as error:  # of the watch, raised on; the job has no part in it
             if job is None or isinstance(error, ProcessesFailed | _GaveUp):
                 raise
             raise _GaveUp(

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from grace_core.artifacts import Artifact
 from grace_core.errors import GraceError
 from grace_core.evaluation.benchmarks import BENCHMARKS
+from grace_core.export.amounts import in_bytes
 from grace_core.export.release import release_folders
 from grace_core.lineage.collect import artifacts_below, lineage_of, node_of
 from grace_core.lineage.graph import SHORT, Lineage
@@ -221,11 +222,6 @@ def speed(model: ZooModel) -> list[str]:
 
 def score(value: float | None, unit: str = "") -> str:
     return "–" if value is None else f"{value:.1f}{unit}"
-
-
-def in_bytes(size: int) -> str:
-    """Such as 4.26 GB or 5.3 MB."""
-    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
 def _linked(model: ZooModel) -> str:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from html import escape
 
+from grace_core.export.amounts import in_bytes
 from grace_core.lineage.picture import picture
 from grace_core.publish.zoo import (
     BITS_SHOWN,
     Zoo,
     ZooModel,
     identity,
-    in_bytes,
     score,
     speed,
     titled,

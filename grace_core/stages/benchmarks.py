@@ -21,7 +21,7 @@ from grace_core.config.tree import GraceConfig
 from grace_core.data.listing import listing_digest
 from grace_core.data.sharegpt4v import UnusableRecord
 from grace_core.errors import GraceError
-from grace_core.evaluation.benchmarks import find_benchmark
+from grace_core.evaluation.benchmarks import find_benchmark, is_generated
 from grace_core.evaluation.items import Item, Picture
 from grace_core.evaluation.loading.place import (
     Place,
@@ -71,7 +71,7 @@ def prepare_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
     asked = {
         each: _at_commit(each, config.run_dir, context)
         for each in settings.benchmarks
-        if not _is_generated(each)
+        if not is_generated(each)
     }
     parents = {
         f"source-{each.name}": _source_parent(each, place, config.run_dir)
@@ -80,7 +80,7 @@ def prepare_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
 
     def make(writer: ArtifactWriter) -> None:
         with TemporaryDirectory() as made:
-            if any(map(_is_generated, settings.benchmarks)):
+            if any(map(is_generated, settings.benchmarks)):
                 write_benchmark(Path(made), seed=BENCHMARK_SEED)
             # All are found and downloaded before the first is read.
             places = {
@@ -96,12 +96,6 @@ def prepare_benchmarks(config: GraceConfig, context: StageContext) -> Artifact:
         _open_pictures(packed, context)
 
     return once(config, context, "benchmarks", section, parents, make)
-
-
-def _is_generated(chosen: ChosenBenchmark) -> bool:
-    """Whether its rows are those of the toy world."""
-    declared = find_benchmark(chosen.name)
-    return declared.source is None and chosen.path is None and chosen.repository is None
 
 
 def _at_commit(chosen: ChosenBenchmark, run_dir: Path, context: StageContext) -> Wanted:
@@ -157,7 +151,7 @@ def _pack(
         "revision": place.revision,
         "config": place.config,
         "split": place.split,
-        "prompt": None if _is_generated(chosen) else chosen.prompt or settings.prompt,
+        "prompt": None if is_generated(chosen) else chosen.prompt or settings.prompt,
         "part": questions.part,
         "declared": _is_declared(chosen, place),
     }

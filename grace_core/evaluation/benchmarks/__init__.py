@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 
+from grace_core.config.evaluation import ChosenBenchmark
 from grace_core.errors import GraceError
 from grace_core.evaluation.benchmarks.ai2d import AI2D, AI2D_NO_MASK
 from grace_core.evaluation.benchmarks.gqa import GQA
@@ -50,3 +51,9 @@ def find_benchmark(name: str) -> Benchmark:
     near = difflib.get_close_matches(name.lower().replace("_", "-"), BENCHMARKS, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(BENCHMARKS)}"
     raise GraceError(f"no benchmark is called {name!r}; {hint}")
+
+
+def is_generated(chosen: ChosenBenchmark) -> bool:
+    """Whether its rows are those of the toy world."""
+    declared = find_benchmark(chosen.name)
+    return declared.source is None and chosen.path is None and chosen.repository is None

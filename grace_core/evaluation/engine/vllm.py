@@ -74,7 +74,7 @@ class VllmEngine:
             try:
                 prompts.append(self._prompt(question))
                 asked.append(question)
-            except Exception as error:
+            except Exception as error:  # kept: the item's own, or the run ends with it
                 found[question.id] = outcome_of(question, error)
         for prediction in self._ask(asked, prompts):
             found[prediction.item_id] = prediction
